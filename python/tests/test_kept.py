@@ -10,6 +10,7 @@ import pickle
 import pytest
 import test_connector
 import test_worker
+import torch
 from fake_sidecar import FakeSidecar
 from test_scheduler import BLOCK, Rig, output, request
 
@@ -272,9 +273,11 @@ def workers(tmp_path, monkeypatch):
         return made(path, fetch=fetch, epoch=EPOCH)
 
     monkeypatch.setattr(test_worker, "FakeSidecar", fake)
-    rig = test_worker.Rig(tmp_path)
-    yield rig
-    rig.worker.close()
+    # As in vLLM: the tensors are made in this mode, and only threads in this mode may write to them.
+    with torch.inference_mode():
+        rig = test_worker.Rig(tmp_path)
+        yield rig
+        rig.worker.close()
 
 
 def test_a_worker_reports_the_fetch_port_of_each_sidecar_once(workers):

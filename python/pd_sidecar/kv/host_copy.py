@@ -46,12 +46,14 @@ class HostCopier:
 
     def __init__(self, pages: Geometry, buffer: mmap.mmap, slot_bytes: int) -> None:
         self._pages = pages
-        data = torch.frombuffer(buffer, dtype=torch.uint8)
-        self._parts = [
-            _Part(pages, layers, planes, data, slot_bytes)
-            for layers in _alike(pages.layers)
-            for planes in _planes(layers[0][1], slot_bytes)
-        ]
+        # Torch lets no thread outside of inference mode write to a tensor that was made inside it.
+        with torch.inference_mode(False):
+            data = torch.frombuffer(buffer, dtype=torch.uint8)
+            self._parts = [
+                _Part(pages, layers, planes, data, slot_bytes)
+                for layers in _alike(pages.layers)
+                for planes in _planes(layers[0][1], slot_bytes)
+            ]
 
     def gather(
         self,

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
@@ -80,23 +81,28 @@ class Poller(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._worker.enter()
-            while not self._stopping:
-                self._sleep()
-                # Report arrivals before the launch, because the launch can last until the engine's next pause and would
-                # delay the report.
-                self._worker.read()
-                if self._worker.collect():
-                    self._news.set()
-                    time.sleep(YIELD_S)
-                self._worker.move()
-                if self._worker.collect():
-                    self._news.set()
+            # The engine's thread makes tensors in this mode, and torch lets no thread outside the mode write to them.
+            with torch.inference_mode():
+                self._serve()
         except Exception:
             # The engine's thread also moves KV in every step. That thread gets the same error and raises it.
             logger.exception(
                 "the polling thread has failed: from now on only the engine's own thread moves KV, in its steps"
             )
+
+    def _serve(self) -> None:
+        self._worker.enter()
+        while not self._stopping:
+            self._sleep()
+            # Report arrivals before the launch, because the launch can last until the engine's next pause and would
+            # delay the report.
+            self._worker.read()
+            if self._worker.collect():
+                self._news.set()
+                time.sleep(YIELD_S)
+            self._worker.move()
+            if self._worker.collect():
+                self._news.set()
 
     def _sleep(self) -> None:
         with self._worker.lock:
