@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the routers with which the benchmark compares pd-proxy.
+# Makes a virtual environment with the routers that tests run, and with which the benchmark compares pd-proxy.
 #   routers.sh DIRECTORY
 # A stamp in the environment holds the hash of its requirements. If the hash is unchanged, the script does nothing.
 set -euo pipefail

@@ -1,0 +1,126 @@
+"""Tests real routers that name no receiver.
+
+The prefill engine keeps the KV, and the decode side's sidecar fetches it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from harness.client import Answer, call, complete, post_json
+from harness.model import KV_BYTES_PER_TOKEN
+from harness.pair import Pair, check_tokens
+from harness.ports import free_port
+from harness.process import Process
+from harness.prompts import prompt
+from harness.reference import Reference
+from harness.sidecar import ROOT
+
+ROUTERS = ROOT / "target" / "routers-venv"
+BOUND_S = 30.0
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router in front of the pair's engines."""
+
+    url: str
+    pair: Pair
+
+    def move(self, tokens: list[int], reference: Reference) -> None:
+        """Sends a completion through the router, and checks its text and that its KV was moved and used."""
+        pair = self.pair
+        seen = len(pair.receiver.records())
+        before, prefilled = pair.decode.prompt_tokens(), pair.prefill.prompt_tokens()
+        answer: Answer = complete(self.url, tokens, max_tokens=24, model="m")
+        assert answer.token_ids == reference.token_ids(tokens)
+        check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))
+        assert (pair.prefill.prompt_tokens() - prefilled).computed == len(tokens)
+        deadline = time.monotonic() + BOUND_S
+        while len(records := pair.receiver.records()) == seen:
+            assert time.monotonic() < deadline, "the receiver has no record of the request"
+            time.sleep(0.02)
+        record = records[-1]
+        assert (record["reason"], record["bytes"]) == (None, len(tokens) * KV_BYTES_PER_TOKEN), record
+        # The two sidecars know the request by the decode engine's id.
+        assert pair.sender.record(record["req"])["bytes"] == record["bytes"]
+
+
+@pytest.fixture
+def fetching(pair: Pair) -> Iterator[Pair]:
+    """Restarts the sidecars with a fetch port. Yields when the prefill engine knows the port."""
+    pair.restart_sidecars(keys={**pair.sender.options.keys, "fetch_port": 0})
+    port = f"tcp {pair.sender.host}:"
+    (fetch,) = [row["address"] for row in pair.sender.status()["listens"] if row["channel"] == "fetch of rank 0"]
+    # The scheduler's half learns the port with a step.
+    pair.prefill.warm_up()
+    deadline = time.monotonic() + BOUND_S
+    while port + str(legs(pair, [2, 3, 4])["remote_port"]) != fetch:
+        assert time.monotonic() < deadline, "the prefill engine does not know the fetch port"
+        pair.prefill.warm_up()
+    pair.reset_prefix_caches()
+    yield pair
+    # An idle engine frees the blocks of fetched KV with its next step.
+    pair.prefill.warm_up()
+
+
+@pytest.fixture(scope="module")
+def routers() -> Path:
+    """Installs the routers, once. Returns the folder of their programs."""
+    subprocess.run([ROOT / "scripts" / "routers.sh", ROUTERS], check=True)
+    return ROUTERS / "bin"
+
+
+@pytest.fixture
+def vllm_router(routers: Path, fetching: Pair, logs: Path) -> Iterator[Router]:
+    port = free_port()
+    command: list[str | Path] = [
+        routers / "vllm-router", "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
+        "--kv-connector", "nixl", "--prefill", fetching.prefill.url, "--decode", fetching.decode.url,
+        "--policy", "round_robin", "--prometheus-port", str(free_port()),
+    ]  # fmt: skip
+    process = Process("vllm-router", command, logs / "vllm-router.log")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: answers(f"{url}/v1/models"), process)
+        yield Router(url, fetching)
+    finally:
+        process.stop()
+
+
+@pytest.mark.parametrize("tokens", [20, 300, 900])
+def test_vllm_router(vllm_router: Router, reference: Reference, tokens: int) -> None:
+    vllm_router.move(prompt(tokens, seed=191), reference)
+
+
+def legs(pair: Pair, tokens: list[int]) -> dict[str, object]:
+    """Sends both legs as such a router, and returns the parameters in the prefill leg's answer."""
+    params = {
+        "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
+        "remote_host": None, "remote_port": None,
+    }  # fmt: skip
+    body = {"model": "m", "prompt": tokens, "max_tokens": 1}
+    answer = post_json(f"{pair.prefill.url}/v1/completions", {**body, "kv_transfer_params": params})
+    told: dict[str, object] = answer["kv_transfer_params"]
+    post_json(f"{pair.decode.url}/v1/completions", {**body, "kv_transfer_params": told})
+    return told
+
+
+def answers(url: str) -> bool:
+    try:
+        return call(url, timeout_s=2.0)[0] == 200
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], bool], process: Process) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        if not process.alive or time.monotonic() > deadline:
+            raise process.failure(f"not ready after {BOUND_S:g} s")
+        time.sleep(0.05)
