@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -135,6 +135,9 @@ class PdSidecarConnector(KVConnectorBase_V1):
         groups = blocks.get_block_ids()
         self._of_scheduler.allocated(request, groups[0] if groups else [], num_external_tokens)
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        self._of_scheduler.keeping.pool = kv_cache_manager.block_pool
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         metadata = self._of_scheduler.step(scheduler_output)
         self._idle = metadata.idle
@@ -148,14 +151,16 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if isinstance(idle_report, IdleReport) and idle_report.unmoved:
             self._of_scheduler.unmoved = True
         if isinstance(idle_report, IdleReport):
-            self._of_scheduler.keeping.learn(idle_report.fetch_ports)
+            self._of_scheduler.keeping.learn(idle_report.fetch_ports, is_alone=idle_report.is_alone)
         if (worker := self._neighbour()) is not None:
             # Do not wait if this output or a later step has tokens, because a client waits for these tokens.
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
             sent, received = worker.news(rest=rests)
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
             connector_output.finished_recving = (connector_output.finished_recving or set()) | received
-        self._of_scheduler.reported(connector_output.finished_sending or (), connector_output.finished_recving or ())
+        sent, received = connector_output.finished_sending or set(), connector_output.finished_recving or set()
+        if forgotten := self._of_scheduler.reported(sent, received):
+            connector_output.finished_sending = sent - forgotten
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         completed = request.status in (
@@ -174,7 +179,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         self._of_scheduler.unmoved = any(isinstance(m, DisabledNotice) for m in metadata.values())
         for notice in metadata.values():
             if isinstance(notice, FetchNotice):
-                self._of_scheduler.keeping.learn(notice.ports)
+                self._of_scheduler.keeping.learn(notice.ports, is_alone=True)
 
     def has_pending_push_work(self) -> bool:
         return self._of_scheduler.has_work
@@ -193,8 +198,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         # MultiConnector passes a notice to all its children, and the other connectors refuse a notice of this type. So
         # under a MultiConnector this method returns `None`, and the scheduler's half learns only from the first step's
         # output that no KV is moved.
-        is_alone = has_kv_transfer_group() and get_kv_transfer_group() is self
-        if not is_alone:
+        if not self._is_alone():
             return None
         if isinstance(self._worker, Worker):
             # A sidecar that this engine starts needs a moment. Any other one runs by now, or is learned of later.
@@ -245,7 +249,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self._stats.take()
 
     def build_connector_worker_meta(self) -> IdleReport | None:
-        return self._worker.idle_report if self._worker is not None else None
+        report = self._worker.idle_report if self._worker is not None else None
+        return replace(report, is_alone=self._is_alone()) if report is not None else None
 
     def shutdown(self) -> None:
         if self._worker is not None:
@@ -261,6 +266,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if self._scheduler is None:
             raise RuntimeError("this connector object belongs to a worker, not to the scheduler")
         return self._scheduler
+
+    def _is_alone(self) -> bool:
+        """Returns true if this worker's connector is no child of a MultiConnector."""
+        return has_kv_transfer_group() and get_kv_transfer_group() is self
 
     def _neighbour(self) -> Worker | None:
         """Returns the worker's half, if it is the only worker and runs in the scheduler's process."""

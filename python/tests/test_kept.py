@@ -13,6 +13,7 @@ import test_worker
 import torch
 from fake_sidecar import FakeSidecar
 from test_scheduler import BLOCK, Rig, output, request
+from vllm.v1.core.block_pool import BlockPool
 
 from pd_sidecar import connector
 from pd_sidecar.scheduler.eligibility import Skip, transfer
@@ -80,6 +81,34 @@ def test_an_engine_that_keeps_kv_does_not_step_for_it():
     assert rig.step().finished == ["p-1"]
     assert not rig.scheduler.has_work
     rig.scheduler.reported(["p-1"], [])
+    assert rig.is_empty()
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_kept_blocks_are_held_although_vllm_forgets_the_request(is_alone):
+    pool = BlockPool(8, enable_caching=True, hash_block_size=BLOCK)
+    blocks = pool.get_new_blocks(3)
+    rig = keeper()
+    rig.scheduler.keeping.pool = pool
+    rig.scheduler.keeping.learn({}, is_alone=is_alone)
+    _, delay, response = prefill(rig)
+    # vLLM steps without a pause for a request whose blocks it has to free later.
+    assert delay is not is_alone
+    assert response["do_remote_prefill"] is True
+    if not is_alone:
+        # Another child of a MultiConnector may report the same request, so vLLM keeps the blocks.
+        rig.step()
+        assert rig.scheduler.reported(["p-1"], []) == set()
+        assert [block.ref_cnt for block in blocks] == [1, 1, 1]
+        return
+    pool.free_blocks(blocks)
+    assert [block.ref_cnt for block in blocks] == [1, 1, 1]
+    assert rig.step().finished == ["p-1"]
+    assert not rig.scheduler.has_work
+    # vLLM does not know the request any more, so it must not hear of its end.
+    assert rig.scheduler.reported(["p-1", "p-2"], []) == {"p-1"}
+    assert [block.ref_cnt for block in blocks] == [0, 0, 0]
+    assert pool.get_num_free_blocks() == 7
     assert rig.is_empty()
 
 

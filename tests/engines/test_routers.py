@@ -24,6 +24,10 @@ from harness.sidecar import ROOT
 ROUTERS = ROOT / "target" / "routers-venv"
 BOUND_S = 30.0
 
+# CPU use of an engine with its sidecar while KV is kept, and the time in which it is measured.
+IDLE_CORES = 0.06
+MEASURED_S = 3.0
+
 
 @dataclass(frozen=True)
 class Router:
@@ -98,17 +102,50 @@ def test_vllm_router(vllm_router: Router, reference: Reference, tokens: int) -> 
     vllm_router.move(prompt(tokens, seed=191), reference)
 
 
+def test_an_engine_that_keeps_kv_idles(fetching: Pair) -> None:
+    pair, tokens = fetching, prompt(300, seed=192)
+    told = prefill_leg(pair, tokens)
+    # vLLM's worker looks for its next step without a pause for some seconds, whatever is kept.
+    deadline = time.monotonic() + BOUND_S
+    while (cores := cores_used(pair)) > IDLE_CORES:
+        assert time.monotonic() < deadline, f"{cores:.2f} cores while KV is kept"
+    (row,) = pair.sender.kept()
+    assert row["tokens"] == len(tokens)
+    # The engine does not step, so its polling thread gathers the KV.
+    before, steps = pair.decode.prompt_tokens(), pair.prefill.metrics().sum("vllm:iteration_tokens_total_count")
+    decode_leg(pair, tokens, told)
+    check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))
+    assert pair.prefill.metrics().sum("vllm:iteration_tokens_total_count") == steps
+
+
+def cores_used(pair: Pair) -> float:
+    """Returns the number of cores that the prefill engine and its sidecar use in the next seconds."""
+    processes = [part.process for part in (pair.prefill, pair.sender) if part.process is not None]
+    before = sum(process.cpu_seconds() for process in processes)
+    time.sleep(MEASURED_S)
+    return (sum(process.cpu_seconds() for process in processes) - before) / MEASURED_S
+
+
 def legs(pair: Pair, tokens: list[int]) -> dict[str, object]:
     """Sends both legs as such a router, and returns the parameters in the prefill leg's answer."""
+    told = prefill_leg(pair, tokens)
+    decode_leg(pair, tokens, told)
+    return told
+
+
+def prefill_leg(pair: Pair, tokens: list[int]) -> dict[str, object]:
     params = {
         "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
         "remote_host": None, "remote_port": None,
     }  # fmt: skip
-    body = {"model": "m", "prompt": tokens, "max_tokens": 1}
-    answer = post_json(f"{pair.prefill.url}/v1/completions", {**body, "kv_transfer_params": params})
-    told: dict[str, object] = answer["kv_transfer_params"]
-    post_json(f"{pair.decode.url}/v1/completions", {**body, "kv_transfer_params": told})
+    body = {"model": "m", "prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}
+    told: dict[str, object] = post_json(f"{pair.prefill.url}/v1/completions", body)["kv_transfer_params"]
     return told
+
+
+def decode_leg(pair: Pair, tokens: list[int], told: dict[str, object]) -> None:
+    body = {"model": "m", "prompt": tokens, "max_tokens": 1, "kv_transfer_params": told}
+    post_json(f"{pair.decode.url}/v1/completions", body)
 
 
 def answers(url: str) -> bool:

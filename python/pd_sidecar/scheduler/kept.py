@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,20 @@ class Keeping:
     policy: KeepPolicy | None = None
     ports: dict[int, FetchPort] = field(default_factory=dict)
     """By rank. Empty while no worker has reported that its sidecar can keep KV."""
+    pool: BlockPool | None = None
+    """The engine's blocks; `None` in a version of vLLM that gives no pool to connectors."""
+    is_alone: bool = False
+    """True if this connector is known to be no child of a MultiConnector."""
+    pinned: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
+    """Blocks that this object holds by references of its own, so that vLLM forgets their request at once: vLLM steps
+    without a pause while it delays the freeing of a request's blocks. vLLM delays it nevertheless if there is no pool,
+    and under MultiConnector: there another child may report the same request, and vLLM must hear that.
+    """
     _blocks: dict[str, int] = field(default_factory=dict)
 
-    def learn(self, ports: Mapping[int, FetchPort | None]) -> None:
+    def learn(self, ports: Mapping[int, FetchPort | None], *, is_alone: bool = False) -> None:
         """Takes the fetch ports that a worker reports; `None` for a rank whose sidecar is gone or has none."""
+        self.is_alone = is_alone
         for rank, port in ports.items():
             if port is None:
                 self.ports.pop(rank, None)
@@ -72,15 +85,21 @@ class Keeping:
         """Returns true if decode sides can fetch from each rank."""
         return self.policy is not None and all(rank in self.ports for rank in range(ranks))
 
-    def hold(self, engine_id: str, blocks: int) -> bool:
-        """Returns true if the request's blocks are within the limit, and counts them."""
-        if self.policy is None or sum(self._blocks.values()) + blocks > self.policy.blocks:
+    def hold(self, engine_id: str, blocks: Sequence[int]) -> bool:
+        """Returns true if the request's blocks are within the limit, and holds them."""
+        if self.policy is None or sum(self._blocks.values()) + len(blocks) > self.policy.blocks:
             return False
-        self._blocks[engine_id] = blocks
+        self._blocks[engine_id] = len(blocks)
+        if self.pool is not None and self.is_alone:
+            self.pinned[engine_id] = [self.pool.blocks[block] for block in blocks]
+            self.pool.touch(self.pinned[engine_id])
         return True
 
     def release(self, engine_id: str) -> bool:
-        """Returns true if the request's blocks were counted, and counts them no longer."""
+        """Returns true if the request's blocks were held, and holds them no longer."""
+        if self.pool is not None and (pinned := self.pinned.pop(engine_id, None)) is not None:
+            # As vLLM does: the end of a prompt is of less use to other requests than its beginning.
+            self.pool.free_blocks(reversed(pinned))
         return self._blocks.pop(engine_id, None) is not None
 
     @property

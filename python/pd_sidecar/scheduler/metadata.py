@@ -154,9 +154,15 @@ class IdleReport(KVConnectorWorkerMetadata):
     """By rank, the ports of the sidecars that this worker has connected to since its last report; `None` for a sidecar
     without one.
     """
+    is_alone: bool = False
+    """True if the worker's connector is no child of a MultiConnector."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if not isinstance(other, IdleReport):
             return self
-        ports = {**self.fetch_ports, **other.fetch_ports}
-        return IdleReport(self.rests, unmoved=self.unmoved or other.unmoved, fetch_ports=ports)
+        return IdleReport(
+            self.rests,
+            unmoved=self.unmoved or other.unmoved,
+            fetch_ports={**self.fetch_ports, **other.fetch_ports},
+            is_alone=self.is_alone and other.is_alone,
+        )

@@ -35,7 +35,7 @@ from pd_sidecar.scheduler.metadata import CopyStart, LoadStart, PushStart, PushS
 from pd_sidecar.scheduler.tagging import tags_of, untagged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -268,8 +268,9 @@ class Scheduler:
             return False, self._not_pushed(request, state.reason)
         return False, None
 
-    def reported(self, sent: Iterable[str], received: Iterable[str]) -> None:
-        """Handles the workers' report that these requests are done."""
+    def reported(self, sent: Collection[str], received: Collection[str]) -> set[str]:
+        """Handles the workers' report that these requests are done. Returns those that vLLM has forgotten already."""
+        forgotten = {engine_id for engine_id in sent if engine_id in self.keeping.pinned}
         for engine_id in received:
             state = self._states.get(engine_id)
             if isinstance(state, Load):
@@ -281,6 +282,7 @@ class Scheduler:
             is_push = isinstance(self._states.pop(engine_id, None), Push)
             if not self.keeping.release(engine_id) and is_push:
                 self._held -= 1
+        return forgotten
 
     @property
     def has_work(self) -> bool:
@@ -429,25 +431,20 @@ class Scheduler:
     def _finish_push(
         self, engine_id: str, state: Push, blocks: list[int], completed: bool
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self.unmoved:
-            # The request began before the scheduler learned that the workers move no KV.
-            if state.phase is PushPhase.RUNNING:
-                self._next.cancelled.append(engine_id)
-            del self._states[engine_id]
-            return False, self._not_pushed(state.request, Skip.LAYOUT)
+        # A request may have begun before the scheduler learned that the workers move no KV.
+        refused = Skip.LAYOUT if self.unmoved else None
         needed = self._blocks_of(state.request.num_prompt_tokens)
-        refused = None
-        if completed and state.phase is PushPhase.RUNNING and len(blocks) >= needed:
+        if refused is None and completed and state.phase is PushPhase.RUNNING and len(blocks) >= needed:
             if not state.token:
                 self._held += 1
             elif not self.keeping.is_possible(self._role.ranks):
                 refused = Skip.NO_FETCH_PORT
-            elif not self.keeping.hold(engine_id, len(blocks)):
+            elif not self.keeping.hold(engine_id, blocks):
                 refused = Skip.KEEP_FULL
             if refused is None:
                 state.phase = PushPhase.HELD
                 self._next.finished.append(engine_id)
-                return True, self._response(state)
+                return engine_id not in self.keeping.pinned, self._response(state)
             self._stats.add_reason("skipped", refused.value)
         if state.phase is PushPhase.RUNNING:
             self._next.cancelled.append(engine_id)
