@@ -192,8 +192,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         self._worker = self._make_worker(kv_caches)
 
     def get_handshake_metadata(self) -> DisabledNotice | FetchNotice | None:
-        """Returns a notice for the scheduler's half if this worker cannot move its KV, or the notice that names the port
-        where decode sides can fetch its KV; otherwise `None`.
+        """Returns a notice for the scheduler's half if this worker cannot move its KV, or the notice that names the
+        port where decode sides can fetch its KV; otherwise `None`.
         """
         # MultiConnector passes a notice to all its children, and the other connectors refuse a notice of this type. So
         # under a MultiConnector this method returns `None`, and the scheduler's half learns only from the first step's

@@ -32,10 +32,11 @@ from pd_sidecar.scheduler.adapters import Adapters
 from pd_sidecar.scheduler.eligibility import Skip, Transfer, family, transfer, unserved
 from pd_sidecar.scheduler.kept import Keeping, KeepPolicy, new_token
 from pd_sidecar.scheduler.metadata import CopyStart, LoadStart, PushStart, PushStep, StepMetadata
+from pd_sidecar.scheduler.scheduled import scheduled
 from pd_sidecar.scheduler.tagging import tags_of, untagged
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -228,7 +229,7 @@ class Scheduler:
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Returns the message to the workers for this step."""
-        for engine_id, blocks, replace, computed in _scheduled(output):
+        for engine_id, blocks, replace, computed in scheduled(output):
             state = self._states.get(engine_id)
             if isinstance(state, Push):
                 upto = computed + output.num_scheduled_tokens[engine_id]
@@ -473,25 +474,6 @@ def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
     if isinstance(params, dict) and params.get("ret_first_tok") and request.output_token_ids:
         response["first_tok"] = request.output_token_ids[0]
     return response
-
-
-def _scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, int]]:
-    """Yields for each scheduled request: id, blocks, true if the blocks replace its table, and number of computed
-    tokens.
-    """
-    for new in output.scheduled_new_reqs:
-        # With the newer model runner, requests that resume after a preemption are in this list, too.
-        yield new.req_id, _only_group(new.block_ids), True, new.num_computed_tokens
-    cached = output.scheduled_cached_reqs
-    for engine_id, blocks, computed in zip(
-        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-    ):
-        yield engine_id, _only_group(blocks), engine_id in cached.resumed_req_ids, computed
-
-
-def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
-    # With several groups there is no `Push`, so no code uses the first group's blocks.
-    return blocks[0] if blocks else []
 
 
 def _lost_its_blocks(state: Push) -> bool:
