@@ -54,8 +54,8 @@ async fn main() -> ExitCode {
     let (Ok(mut term), Ok(mut int), Ok(mut usr1)) = signals else {
         return print_problems(&["the process cannot handle signals".into()], INTERNAL);
     };
-    // Raise the limit on open files before the first connection. Log the warning about this limit only after
-    // the line `pd-proxy is up`.
+    // Raise the limit on open files before the first connection. Log the warning about a low limit only
+    // after the line `pd-proxy is up`.
     let shortage = raise_limit(&config);
     let insecure = config.addresses.insecure;
     let proxy = match Proxy::bind(config).await {

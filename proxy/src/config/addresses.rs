@@ -28,8 +28,8 @@ pub struct Addresses {
     )]
     registration: SocketAddr,
 
-    // These four flags have no environment variables: Kubernetes sets `PD_PROXY_PORT` to a URL in every pod
-    // that can see a service `pd-proxy`.
+    // The flags `--host`, `--port`, `--proxy-host` and `--proxy-port` have no environment variables:
+    // Kubernetes sets `PD_PROXY_PORT` to a URL in every pod that can see a service `pd-proxy`.
     /// Host of `--listen`, under the name that LMCache's example proxy uses.
     #[arg(long, value_name = "HOST", value_parser = host)]
     host: Option<IpAddr>,

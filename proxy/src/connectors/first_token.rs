@@ -1,8 +1,8 @@
 //! The hand-over of the first token. Both legs are completions whose prompts are token ids. The decode
 //! leg's prompt ends with the token that the prefill instance has sampled.
 //!
-//! If the hand-over would change the answer to a request, the request gets no transfer to LMCache.
-//! Between sidecars, such a request gets the usual transfer.
+//! If the hand-over of the first token would change the answer to a request, the request gets no
+//! transfer to LMCache; between sidecars the request gets the usual transfer.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -32,8 +32,8 @@ pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
         Some(Kind::Prompt | Kind::Answer) => is_set(name),
         None => true,
     };
-    // An engine seeds its random numbers at the beginning of each request, so the decode leg would use
-    // the prefill leg's random numbers again.
+    // An engine seeds its random numbers at the beginning of each request. So the decode leg of a
+    // request with a seed would repeat the random numbers of the prefill leg.
     let is_seeded = body.json("seed").is_some()
         && !body
             .json("temperature")

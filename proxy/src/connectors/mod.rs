@@ -77,19 +77,20 @@ impl fmt::Display for Connector {
 /// The properties of instances with one connector, and the hand-offs to them.
 #[derive(Debug)]
 pub(crate) struct Spec {
-    /// True if a sidecar registers the instance. The instance then has an admin address and cannot be
-    /// configured by hand. The sidecar contacts the receiver while its engine computes the prefill leg, so a
-    /// second attempt with another instance needs another id.
+    /// True if a sidecar registers the instance. An instance with a sidecar has an admin address and cannot
+    /// be configured by hand. The sidecar contacts the receiver while its engine computes the prefill leg, so
+    /// a second attempt with another prefill instance needs a new id.
     pub has_sidecar: bool,
     /// True if senders reach a receiver by its host, its init ports and its alloc ports.
     pub has_ports: bool,
     /// True if request ids contain the instance's ZeroMQ address.
     pub has_zmq: bool,
-    /// True if each decode leg with a transfer continues after the prefill instance's first token. If this
-    /// would change the answer to a request, the request gets no transfer to such an instance.
+    /// True if each decode leg with a transfer continues after the prefill instance's first token. If the
+    /// first token from the prefill instance would change the answer to a request, the request gets no
+    /// transfer to an instance with this connector.
     pub needs_first_token: bool,
-    /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` then never
-    /// goes to or from such an instance, because requests with other salts would find the KV.
+    /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` never goes
+    /// to or from an instance with such a connector, because requests with other salts would find the KV.
     pub ignores_salt: bool,
     /// True if the decode engine fills several sequences of a prompt (`n`) from one copy of the KV.
     pub fills_many_sequences: bool,

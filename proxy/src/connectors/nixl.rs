@@ -1,5 +1,5 @@
 //! vLLM's `NixlConnector`: the decode engine reads the KV from the prefill engine. The prefill leg's
-//! answer contains the parameters for this.
+//! answer contains the parameters for the read.
 
 use protocol::RequestId;
 

@@ -190,7 +190,8 @@ fn first_tokens() {
     let length = "length";
     check(json!({"text": "He", "finish_reason": length}), Some("He"));
     check(json!({"text": "", "finish_reason": "stop"}), Some(""));
-    // The engine gives half a character, or holds this half back until it has the other half.
+    // If a token is half a character, the engine sends a replacement character, or sends no
+    // text until the character is complete.
     check(json!({"text": "\u{fffd}", "finish_reason": length}), None);
     check(json!({"text": "", "finish_reason": length}), None);
     check(
@@ -204,7 +205,7 @@ fn first_tokens() {
     ] {
         check(json!({"message": message, "finish_reason": length}), None);
     }
-    // This engine does not give token ids.
+    // This answer has no token ids.
     let body = br#"{"choices": [{"text": "He", "finish_reason": "length"}], "kv_transfer_params": {"first_tok": 7}}"#;
     assert_eq!(read(first_token(), body).unwrap().first, None);
 }

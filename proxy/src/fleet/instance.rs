@@ -124,8 +124,8 @@ impl Instance {
             .flatten()
     }
 
-    /// Returns true if both instances have the same role, connector and addresses. These properties must not
-    /// change within an epoch.
+    /// Returns true if both instances have the same role, connector and addresses. Role, connector and
+    /// addresses must not change within an epoch.
     pub fn same_place(&self, other: &Self) -> bool {
         self.role == other.role
             && self.http == other.http

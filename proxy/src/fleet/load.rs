@@ -201,8 +201,8 @@ impl Load {
 
     /// Opens the breaker: no request goes to the instance until the pause ends.
     fn open(&self, now: Instant, breaker: Breaker) {
-        // While one request probes a stalled instance, no other request may go to the instance, because that
-        // request would stall, too.
+        // While one request probes a stalled instance, no second request may go to the instance, because the
+        // second request would probably stall, too.
         let pause = if self.is_stalled.load(Ordering::Relaxed) {
             breaker.pause.max(breaker.stall)
         } else {

@@ -173,7 +173,7 @@ impl Registry {
         if known.said_ready != said_ready {
             known.said_ready = said_ready;
             let prompted = self.budget.prompted(now, &fresh.id);
-            // A change must not delay a call-back that is due earlier.
+            // A change of readiness must not delay a call-back that is due earlier.
             known.call_at = known.call_at.min(prompted);
         }
         Ok(Registered::Renewed)
@@ -284,7 +284,8 @@ impl Registry {
         if !is_candidate && !holds_epoch(&entry.member, epoch) {
             return None;
         }
-        // Another process has this address now, so requests for this id must no longer go there.
+        // Another process has the instance's address now, so requests for the instance must no longer go to
+        // the address.
         if answer == Answer::Stranger {
             let place = if is_candidate {
                 &mut entry.candidate
@@ -308,7 +309,7 @@ impl Registry {
                 entry.member = entry.candidate.take();
             }
         }
-        // The confirmed candidate may have become the member just above.
+        // A confirmed candidate may have become the member in the lines above.
         let place = if holds_epoch(&entry.member, epoch) {
             &mut entry.member
         } else {
@@ -349,8 +350,8 @@ impl Registry {
                     .answered
                     .filter(|_| lease.instance.is_ready())
                     .map(|at| at + ANSWER_VALID);
-                // A call-back beyond the limit has no deadline here: it begins when another call-back
-                // ends.
+                // A call-back beyond the limit adds no deadline, because such a call-back begins when
+                // another call-back ends.
                 let may_call = !lease.calling && self.budget.has_place(lease);
                 let call = may_call.then_some(lease.call_at);
                 [lease.expires, stale, call].into_iter().flatten()
@@ -384,7 +385,7 @@ impl Registry {
 }
 
 impl Entry {
-    /// Marks both sidecars as not ready and returns the text for the log.
+    /// Begins a dispute: marks both sidecars with this id as not ready, and returns the text for the log.
     fn open_dispute(&mut self) -> Option<String> {
         let (member, candidate) = (self.member.as_mut()?, self.candidate.as_mut()?);
         let place = |lease: &Lease| {

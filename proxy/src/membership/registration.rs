@@ -134,7 +134,7 @@ impl Registration {
 
     /// Executes a command and sends its result back.
     fn handle_command(&mut self, command: Command) {
-        // The client may have left before the answer is sent. The command is executed nevertheless.
+        // The command is executed even if the client leaves before the answer is sent.
         match command {
             Command::Name(instance, answer) => {
                 let id = instance.id.clone();
@@ -237,8 +237,8 @@ impl Registration {
             let after = instances.iter().find(is_same);
             let is_there = |i: &Instance| i.standing == Standing::Ready;
             if is_there(before) && !after.is_some_and(|after| is_there(after)) {
-                // The engine may have been restarted while the instance was not ready. So what is known about
-                // the engine's cache and refusals may be wrong.
+                // The engine may have been restarted while the instance was not ready, so the facts that the
+                // proxy knows about the engine's cache and refusals may be wrong.
                 self.app.prefix_index.forget(&before.id);
                 self.app.refusals.forget(&before.id);
             }

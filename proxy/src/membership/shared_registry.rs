@@ -123,7 +123,7 @@ impl SharedRegistry {
         };
         self.lease = Some(lease.clone());
         if self.watch.is_none() {
-            // Start the watch before reading the list. Otherwise a change between the two calls would be
+            // Start the watch before reading the list, so that no change between the list and the watch is
             // missed.
             self.watch = Some(self.etcd.watch(&self.prefix).await?);
         }

@@ -174,8 +174,8 @@ impl RequestBody {
         params: Option<&str>,
         answer: PrefillAnswer,
     ) -> Bytes {
-        // The client gets the leg's token only with `FirstToken`. Otherwise the proxy drops the token, so
-        // the leg needs no sampling fields.
+        // The client gets the leg's token only with `FirstToken`. Without `FirstToken` the proxy drops the
+        // token, so the leg needs no sampling fields.
         let is_answer = answer == PrefillAnswer::FirstToken;
         let keep = |name: &str| match kind(name) {
             Some(Kind::Sampling) => is_answer,
@@ -343,7 +343,7 @@ impl RequestBody {
     }
 
     /// Returns the value of a field; `None` if the value does not have the expected shape. The engine, and
-    /// not the proxy, refuses such a request.
+    /// not the proxy, refuses a request with a malformed value.
     fn read<'a, T: Deserialize<'a>>(&'a self, name: &str) -> Option<T> {
         serde_json::from_str(self.text(name)?).ok()
     }

@@ -186,5 +186,5 @@ impl axum::response::IntoResponse for ApiError {
     }
 }
 
-/// Value of `Retry-After`, in seconds. A registration or a restart takes about this time.
+/// Value of `Retry-After`, in seconds: about the time that a registration or a restart takes.
 pub(crate) const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");

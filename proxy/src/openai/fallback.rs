@@ -12,8 +12,8 @@ pub enum Fallback {
     Unfit,
     /// Each prefill instance has refused a request of this kind before.
     RefusedBefore,
-    /// `best_of` or beam search turns the request into several engine requests. `n` does the same if the
-    /// instances have no sidecars.
+    /// `best_of` or beam search turns the request into several engine requests. `n` also turns it into
+    /// several engine requests if the instances have no sidecars.
     ManySequences,
     /// A list of prompts turns the request into several engine requests.
     ManyPrompts,

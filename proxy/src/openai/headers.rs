@@ -18,7 +18,7 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     if let Some(key) = key {
         headers.insert(header::AUTHORIZATION, key);
     } else if !access.api_key.is_empty() {
-        // The client's key is for this proxy only. Engines must not learn it.
+        // The client's key is for this proxy only, and engines must not learn the key.
         headers.remove(header::AUTHORIZATION);
     }
     headers.insert(header::CONTENT_TYPE, JSON);

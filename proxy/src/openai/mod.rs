@@ -1,4 +1,5 @@
-//! OpenAI's requests and answers as bytes and JSON. Nothing here opens a connection.
+//! OpenAI's requests and answers as bytes and JSON. No module of this folder opens a
+//! connection.
 
 pub(crate) mod body;
 pub(crate) mod endpoint;

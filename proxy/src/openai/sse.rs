@@ -55,7 +55,7 @@ impl Events {
 
     fn go_on(&mut self, piece: &[u8]) -> bool {
         self.event += piece.len();
-        // If lines end with CR LF, a blank line is a single CR here. If the CR counted as a field, the
+        // If lines end with CR LF, `piece` is a single CR for a blank line. If the CR counted as a field, the
         // end of the event would be missed.
         if let Line::Maybe(at) = self.line
             && !(piece.is_empty() || at == 0 && piece == b"\r")

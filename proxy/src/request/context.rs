@@ -41,8 +41,8 @@ pub(crate) struct RequestContext {
     /// The load that the prefill and the decode leg put on their instances; `None` for a leg that is not
     /// in flight.
     load_guards: [Option<LoadGuard>; 2],
-    // This must stay the last field: fields are dropped in order, and the request's place may become free
-    // only after everything else.
+    // The permit must stay the last field: fields are dropped in order, and the request's place may become
+    // free only after all other fields are dropped.
     _permit: OwnedSemaphorePermit,
 }
 

@@ -176,7 +176,7 @@ impl Drive {
         let another = self.another(&error);
         match another.filter(|other| !other.load.snapshot(now).is_open) {
             Some(other) => self.take_over(context, other, &error),
-            // No other instance would answer sooner.
+            // No other working instance is left, so the request continues to wait.
             None => Step::Again,
         }
     }

@@ -86,8 +86,8 @@ impl Drive {
         context.drop_prefill();
         let end = end.unwrap_or_else(|e| match e.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // This does not happen, because the task is aborted only when its handle is dropped, and a
-            // dropped handle is not polled.
+            // An aborted task never reaches this line, because the task is aborted only when its handle is
+            // dropped, and a dropped handle is not polled.
             Err(e) => PrefillEnd::Failed(Fallback::PrefillDied, e.to_string()),
         });
         match end {

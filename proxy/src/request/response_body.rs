@@ -30,7 +30,8 @@ use crate::upstream::pool::LinkBody;
 pub(crate) struct Silence {
     /// Longest time without data.
     pub idle: Duration,
-    /// Longest time without data if the engine's `/health` has failed for the same time.
+    /// Time limit for a dead engine: the answer ends if no data has come for this time, and the engine's
+    /// `/health` has failed for at least this time.
     pub dead: Duration,
     /// Longest event of a stream, in bytes.
     pub max_event: usize,

@@ -158,7 +158,7 @@ impl RequestState {
                 | E::PrefillLost(_),
             ) => (self, Action::Wait),
 
-            // These events cannot come in these states.
+            // The events below cannot come in the state beside them.
             (
                 Self::Prefilling,
                 E::PrefillLost(_)

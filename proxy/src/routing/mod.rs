@@ -134,7 +134,7 @@ pub(crate) fn route(
         ask.fallback,
         ask.prefill.policy.choose(&prefills, request(ask.prefill)),
     ) {
-        // If the request itself is the reason, metrics must name this reason, and not a reason of the
+        // If a property of the request is the reason, metrics must name this reason, and not a reason of the
         // instances.
         (Some(fallback), _) => Err(fallback),
         (None, _) if follows && ask.mode == Mode::Ppd => Err(Fallback::LaterTurn),
@@ -143,7 +143,7 @@ pub(crate) fn route(
         }
         (None, None) => Err(no_prefill(instances, ask, decode.instance)),
         (None, Some(prefill)) => {
-            // Only `auto` compares: `pd` and `ppd` must not depend on measured costs.
+            // Only the mode `auto` compares costs: `pd` and `ppd` must not depend on measured costs.
             let weighed = ask.mode == Mode::Auto;
             if weighed
                 && ask

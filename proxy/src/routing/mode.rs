@@ -97,9 +97,9 @@ impl CurrentMode {
 impl Costs {
     /// Returns true if the decode instance alone is expected to finish sooner.
     ///
-    /// A prompt that the decode instance computes delays each running request of this instance. Prefill
-    /// instances exist to avoid this delay, so every four running requests add the cost of computing the
-    /// prompt once more.
+    /// A prompt that the decode instance computes delays each running request of this instance. To count
+    /// this delay, the cost of the prompt is multiplied by 1 + n / 4, where n is the number of running
+    /// requests.
     pub(crate) fn local_is_cheaper(
         &self,
         prompt_tokens: u64,
@@ -150,9 +150,9 @@ impl Measured {
 }
 
 impl Measured {
-    /// Records that a request got no prefill leg because of these costs. Without a hand-over there is no
-    /// new measurement. Therefore the recorded cost of a hand-over falls a little each time, until a
-    /// request tries a hand-over again.
+    /// Records that a request got no prefill leg because of the measured costs. Without a hand-over there
+    /// is no new measurement. Therefore each call lowers the recorded cost of a hand-over a little, until
+    /// a request tries a hand-over again.
     pub(crate) fn stayed(&self) {
         let before = f64::from_bits(self.hand_over.load(Ordering::Relaxed));
         let after = before * (1.0 - FORGETTING);

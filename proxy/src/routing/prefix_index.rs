@@ -71,7 +71,7 @@ struct State {
     conversations: Recent<u64, Conversation>,
     /// Moving average of a token's length, in bytes of JSON text.
     bytes_per_token: f64,
-    /// Number of turns so far. Because of this number, conversations with equal first turns have
+    /// Number of turns so far. Keys contain the number, so that conversations with equal first turns have
     /// different keys.
     clock: u64,
 }

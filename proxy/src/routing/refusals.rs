@@ -23,7 +23,7 @@ use crate::openai::endpoint::Endpoint;
 #[derive(Debug, Default)]
 pub(crate) struct Refusals {
     entries: Mutex<HashMap<About, BTreeMap<Between, Entry>>>,
-    /// Number of refusals. While this number is 0, requests do not take the lock.
+    /// Number of refusals. While no refusal is known, requests do not take the lock.
     count: AtomicUsize,
 }
 
@@ -314,8 +314,8 @@ fn reach(reason: &str) -> Option<Reach> {
     })
 }
 
-/// Returns two limits for a reason. If this number of requests in a row is refused, the reason is expected to
-/// repeat, and the proxy remembers the reason for this time.
+/// Returns two limits for a reason: the number of refused requests in a row after which the reason is
+/// expected to repeat, and the time for which the proxy then remembers the reason.
 fn limits(reason: &str) -> (u32, Duration) {
     match reason {
         // A network that fails for a moment must not stop the transfers of the pair.

@@ -52,7 +52,7 @@ pub(crate) async fn read(
     let silence = app.config.client_timeout;
     let mut whole = BytesMut::new();
     let mut deadline = Instant::now() + silence;
-    // Only each further KiB moves the deadline. If each byte moved the deadline, a client that sends single
+    // The deadline moves after each further KiB. If every byte moved the deadline, a client that sends single
     // bytes could hold a place for ever.
     let mut enough = DROP_BYTES;
     loop {

@@ -2,9 +2,9 @@
 //! room, the slowest body loses its place.
 //!
 //! A body that stops half-way holds its place and its bytes until `--client-timeout`. Without the limits, a
-//! few hundred of these bodies would keep every client out. A new body takes the place of the slowest body of
-//! one address: the address whose bodies hold the most memory. So an address with many bodies cannot displace
-//! the bodies of other addresses.
+//! few hundred bodies that stop half-way would keep every client out. A new body takes the place of the
+//! slowest body of one address: the address whose bodies hold the most memory. So an address with many bodies
+//! cannot displace the bodies of other addresses.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -199,8 +199,8 @@ fn network(address: IpAddr) -> IpAddr {
 
 /// The interval over which a body's pace is measured.
 const SPAN: Duration = Duration::from_secs(1);
-/// A body younger than this cannot lose its place, because its pace is not known yet. Most bodies are
-/// complete by then.
+/// A body that began less than this time ago cannot lose its place, because its pace is not known yet. Most
+/// bodies are complete within this time.
 const GRACE: Duration = Duration::from_millis(200);
 /// The memory that the connection and the task of each body take, in addition to its bytes.
 const PLACE_BYTES: usize = 16 << 10;

@@ -75,8 +75,8 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// Creates one label value with the count zero. Otherwise a query of the rate would miss the first event of a
-/// rare label value.
+/// Creates one label value with the count zero, so that a query of the rate does not miss the first event of
+/// a rare label value.
 fn touch<const N: usize>(family: &Counters<N>, labels: Labels<N>) {
     drop(family.get_or_create(&labels));
 }

@@ -121,8 +121,8 @@ impl Client {
     }
 
     /// Sends a decode leg and waits up to `limit` for the first event of its answer, or for the whole answer
-    /// if the answer is short and not streamed. Until then another instance can take over, and the client
-    /// does not notice.
+    /// if the answer is short and not streamed. Before the first event has come, another instance can take
+    /// over, and the client does not notice.
     ///
     /// # Errors
     /// There was no answer, or its status says that another instance may have a better answer.

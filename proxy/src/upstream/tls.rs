@@ -108,8 +108,8 @@ impl TlsFiles {
         let mut roots = RootCertStore::empty();
         let trusted = match &self.tls_ca {
             Some(path) => certificates("--tls-ca", path)?,
-            // An unreadable root is no error here: if an engine needs this root, the failed handshake names
-            // the problem.
+            // An unreadable root is no error at the start: if an engine needs this root, the failed
+            // handshake names the problem.
             None => rustls_native_certs::load_native_certs().certs,
         };
         roots.add_parsable_certificates(trusted);
@@ -149,7 +149,7 @@ fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(chain.iter().cloned());
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider());
-    // The name does not matter: the verifier compares it after all checks that matter here.
+    // Any name will do: the verifier compares the name only after the checks that this function needs.
     let name = ServerName::try_from("localhost").ok()?;
     let error = verifier
         .build()

@@ -58,7 +58,7 @@ fn flags() {
         let Some(name) = argument.get_long() else {
             continue;
         };
-        // Demos of other projects use these names for these two flags.
+        // Demos of other projects use these variables for `--prefill` and `--decode`.
         let wanted = match name {
             "prefill" => Some("PREFILL_ENDPOINTS".to_owned()),
             "decode" => Some("DECODE_ENDPOINTS".to_owned()),

@@ -49,7 +49,7 @@ async fn a_registered_address_is_scheme_host_and_port_alone() {
     }
     assert_eq!(rig.client.get("/instances").await.json(), json!([]));
     assert!(victim.seen().is_empty(), "{:?}", victim.seen());
-    // Without the path, the proxy accepts the same address and calls it back, and the instance then
+    // Without a path, the proxy accepts the victim's URL and calls the victim back, and the victim then
     // serves requests.
     let named = json!({"role": "decode", "url": format!("{}/", victim.url), "id": "d"});
     assert_eq!(rig.client.post("/instances", &named).await.status, 201);
@@ -117,8 +117,8 @@ async fn half_sent_bodies_keep_nobody_out() {
         halves.push(half_body(&address, "{\"prompt\": \"").await);
     }
     rig.until_metric("pd_proxy_uploads", 4.0).await;
-    // Bodies that began as recently as the new body keep their places. After they have sent nothing for a
-    // moment, one of them loses its place.
+    // A body that began a moment ago keeps its place. If it then sends nothing for a moment, it loses its
+    // place to the new body.
     let served = async {
         while rig.client.post(COMPLETIONS, &prompt()).await.status != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;

@@ -1,5 +1,5 @@
-//! Tests of several proxies that share a real etcd. `PD_TEST_ETCD` names its binary; `make etcd` fetches an
-//! etcd.
+//! Tests of several proxies that share a real etcd. `PD_TEST_ETCD` names the etcd binary, which `make etcd`
+//! fetches.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::support::sidecar::{Role, Sidecar};
 use crate::support::{Rig, free_port};
 
-/// An etcd with its own data. It ends with the test.
+/// An etcd with its own data, which ends with the test.
 struct Etcd {
     binary: String,
     folder: tempfile::TempDir,
@@ -133,7 +133,7 @@ async fn one_proxy_dies_and_the_other_serves_on() {
     let third = Rig::start(&flags).await;
     third.until_state("d", "ready").await;
 
-    // Without etcd all proxies continue. When etcd is back, they share again.
+    // Without etcd all proxies continue. When etcd is back, the proxies share their instances again.
     etcd.kill();
     second
         .until_metric("pd_proxy_shared_registry_total{result=\"failed\"}", 1.0)

@@ -99,8 +99,8 @@ async fn the_engine_that_failed_is_not_tried_again_when_its_turn_comes() {
     let client = two.rig.client.clone();
     let first = tokio::spawn(async move { client.post(COMPLETIONS, &prompt()).await });
     two.rig.journal.until("d1 alone").await;
-    // This request goes to `d2`. So the policy would choose `d1` again when the first request fails at
-    // `d1`.
+    // The second request goes to `d2`. When the first request then fails at `d1`, it is the turn of `d1`
+    // again, but the proxy must choose `d2`.
     assert_eq!(
         two.rig.client.post(COMPLETIONS, &prompt()).await.status,
         200

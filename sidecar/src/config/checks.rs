@@ -318,7 +318,7 @@ fn key(keys: &'static [Key], name: &str) -> &'static Key {
         .expect("a key of the table")
 }
 
-/// Smallest buffer: one page. Every model's chunk is at least as large.
+/// Smallest buffer: one page. No model has a smaller chunk.
 const MIN_BUFFER_BYTES: u64 = 4096;
 /// Longest path of a socket: the kernel's `sun_path` has 108 bytes with its terminator.
 const MAX_SOCKET_BYTES: usize = 107;

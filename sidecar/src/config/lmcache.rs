@@ -1,5 +1,5 @@
-//! LMCache's keys that the sidecar does not use. The sidecar ignores such a key and reports the reason. But
-//! the sidecar refuses the key if, without the key, it would not do what the file asks for.
+//! LMCache's keys that the sidecar does not use. The sidecar ignores most of these keys and reports the
+//! reason. It refuses a key if a sidecar that ignores the key does not do what the file asks for.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;

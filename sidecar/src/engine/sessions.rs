@@ -209,7 +209,7 @@ impl Engines {
         }
     }
 
-    /// Removes an ended connection. Afterwards no write waits for the engine's events.
+    /// Removes an ended connection, so that no write waits for the engine's events any more.
     pub(crate) fn gone(&mut self, engine: EngineId) {
         if let Some(greeted) = self.connections.remove(&engine) {
             greeted.events.iter().for_each(|event| event.orphan());

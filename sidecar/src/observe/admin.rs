@@ -289,8 +289,8 @@ async fn accept(listener: &TcpListener) -> TcpStream {
         match listener.accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
-                // Usually the process has no free file descriptor. A connection that ends frees its
-                // descriptor, so the loop tries again.
+                // If an accept fails, the process usually has no free file descriptor. A connection that ends
+                // frees its descriptor, so the loop tries to accept again.
                 warn!(%error, "cannot accept an admin connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

@@ -92,7 +92,7 @@ impl Search {
                 () = stop.cancelled() => return,
                 trouble = self.look() => trouble,
             };
-            // The same fault is logged once, not at each attempt.
+            // A fault that repeats is logged only once, not at each attempt.
             if let Some(trouble) = trouble.filter(|t| *t != said) {
                 warn!(metadata = %self.metadata, "cannot find the proxy: {trouble}");
                 said = trouble;

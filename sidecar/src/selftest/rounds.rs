@@ -27,8 +27,8 @@ pub(super) struct Rounds {
     /// Bytes, and the time from the last `Staged` message until the last chunk is ready, for requests that
     /// fill the buffer.
     pub(super) staged_ready: Vec<(u64, Duration)>,
-    /// As `staged_ready`, for requests whose chunks were filled after they were reported as staged. Here the
-    /// time begins when the filling ends.
+    /// As `staged_ready`, for requests whose chunks were filled after they were reported as staged. The time
+    /// of such a request begins when its filling ends.
     pub(super) fired_ready: Vec<(u64, Duration)>,
 }
 

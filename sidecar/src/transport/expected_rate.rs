@@ -15,7 +15,7 @@ pub(crate) struct Ends {
     pub(crate) same_host: bool,
 }
 
-/// The minimum rate to expect from a wire. Even the slowest wire of its kind is faster.
+/// The minimum rate to expect from a kind of wire: even the slowest wire of this kind is faster.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct ExpectedRate {
     /// Minimum rate to expect, in 10⁹ bytes per second.

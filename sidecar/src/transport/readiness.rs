@@ -200,9 +200,9 @@ pub(crate) mod tests {
         }
     }
 
-    /// Checks the rules for writes that are not ready, for any transport. Such a write delays no other write,
-    /// begins when it is ready, and fails without sending anything if it never becomes ready. `stall` is the
-    /// link's stall time.
+    /// Checks the rules for writes that are not ready, for any transport. A write that is not ready delays no
+    /// other write, begins when it is ready, and fails without sending anything if it never becomes ready.
+    /// `stall` is the link's stall time.
     pub(crate) async fn check(link: &dyn Link, lease: LeaseId, piece: Piece, stall: Duration) {
         let pieces = || vec![piece];
         let switch = Switch::new();

@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 
-/// The time at which a decode leg between sidecars is sent.
+/// The time at which the proxy sends a decode leg, if both instances have sidecars.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DecodeLegAt {
     /// When the prefill engine has begun.
@@ -13,7 +13,8 @@ pub enum DecodeLegAt {
     Answer,
 }
 
-/// The engine that gives the first token of a stream between sidecars.
+/// The engine that gives the first token of a streamed answer, if both instances have
+/// sidecars.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FirstTokenFrom {
     /// The decode engine.

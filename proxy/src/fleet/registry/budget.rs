@@ -40,8 +40,8 @@ impl Budget {
     }
 
     /// Returns true if the call-back of this registration may begin. If the instance has answered
-    /// before, its call-back may always begin. Otherwise a flood of registrations that name the
-    /// instance's host would stop the call-backs to the instance.
+    /// before, its call-back may always begin, so that a flood of registrations with the instance's
+    /// host cannot stop the call-backs to the instance.
     pub(super) fn has_place(&self, lease: &Lease) -> bool {
         let of_name = |call: &&Call| call.id == lease.instance.id;
         !lease.is_unproven()

@@ -52,7 +52,7 @@ fn what_is_measured_decides() {
         measured.handed_over(Duration::from_millis(200));
     }
     assert!(stays(3900) && !stays(4100));
-    // If a token costs 1 ms, the same hand-over saves time from about 200 tokens on.
+    // If a token costs 1 ms, a hand-over that costs 200 ms saves time from about 200 tokens on.
     for _ in 0..64 {
         measured.prefilled(1000, Duration::from_secs(1));
     }
@@ -60,7 +60,8 @@ fn what_is_measured_decides() {
     // Short prompts do not change the measured speed.
     measured.prefilled(1, Duration::from_secs(9));
     assert!(stays(190) && !stays(210));
-    // Costs that are no longer measured fall, so that a request tries the hand-over again after a while.
+    // If the cost of a hand-over is no longer measured, its estimate decreases, so that a request tries a
+    // hand-over again after a while.
     let tries = (0..10_000).take_while(|_| {
         let stays = stays(100);
         measured.stayed();

@@ -64,7 +64,7 @@ fn snapshot(instance: &Instance) -> LoadSnapshot {
     instance.load.snapshot(Instant::now())
 }
 
-/// Escapes a label value. Otherwise an instance's name could end its label early and forge other metrics.
+/// Escapes a label value, so that an instance's name cannot end its label early and forge other metrics.
 fn escaped(text: &str) -> String {
     text.replace('\\', "\\\\")
         .replace('"', "\\\"")

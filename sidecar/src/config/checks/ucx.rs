@@ -65,8 +65,8 @@ pub(super) fn ucx(
     Some(Ucx {
         variables,
         tcp_host,
-        // This process may have chosen the devices itself before it restarted itself. Such devices do not
-        // count as given by the user.
+        // This process may have chosen the devices itself before it restarted itself. Devices that the
+        // process chose do not count as given by the user.
         devices_given: given(DEVICES).is_some() && given(DEVICES) != given(OWN_DEVICES),
     })
 }

@@ -175,7 +175,7 @@ fn scaled_float(number: &str, scale: u64) -> Result<u64, String> {
         reason = "scales are powers that f64 holds"
     )]
     let value = value * scale as f64;
-    // Beyond 2^53 an f64 cannot hold every whole number. No buffer or time is that large.
+    // Beyond 2^53 an f64 cannot hold every whole number. No buffer or time is larger than 2^53.
     if value.is_finite() && value.fract() == 0.0 && (0.0..=9_007_199_254_740_992.0).contains(&value)
     {
         #[expect(

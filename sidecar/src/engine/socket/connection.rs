@@ -1,6 +1,6 @@
 //! One engine connection. The connection's reader passes the engine's messages to the task that owns the
-//! protocol machines. If the socket has room, this task itself writes the answers at once. Otherwise the
-//! connection's writer writes the answers later.
+//! protocol machines. If the socket has room, the task that owns the machines also writes the answers, at
+//! once. If the socket has no room, the connection's writer writes the answers later.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -74,8 +74,8 @@ impl Connection {
     /// Sends a message. Disconnects the engine if [`OUTBOX`] messages already wait for it.
     pub(crate) fn send(&self, message: ToEngine) {
         let mut frame = frame::encode(&message);
-        // The usual case: no other message waits. So this message is written here, and the engine does not
-        // wait for a task switch.
+        // Usually no other message waits. This function then writes the message at once, so that the engine
+        // does not wait for a task switch.
         if self.waiting.load(Ordering::Acquire) == 0
             && let Some(writer) = self.writer.upgrade()
             && let Ok(written) = writer.try_write(&frame)

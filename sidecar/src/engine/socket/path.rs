@@ -18,8 +18,8 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
     make_directory(path).map_err(failed)?;
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => return Err(ListenError::InUse(path.to_owned())),
-        // The kernel returns the same error for a file that is not a socket. This process must not remove
-        // such a file.
+        // The kernel also refuses a connection to a file that is not a socket. This process must not remove
+        // a file of another kind.
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
             std::fs::remove_file(path).map_err(failed)?;
         }

@@ -57,7 +57,7 @@ impl FromStr for Uuid {
 
 /// A GPU with its primary context retained.
 ///
-/// UCX uses the primary context, too. A second context on the same GPU would need the same amount of memory
+/// UCX uses the primary context, too. A context other than the primary context would need as much memory
 /// again.
 #[derive(Debug)]
 pub(crate) struct Device {

@@ -2,7 +2,7 @@
 //! runs on hosts without a GPU.
 //!
 //! Every call makes its context current first, so any thread may make the call. No Rust reference to device
-//! memory exists here. Each range is checked before the driver is called.
+//! memory exists in this module. Each range is checked before the driver is called.
 //!
 //! | file | |
 //! |---|---|

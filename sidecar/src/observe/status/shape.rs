@@ -78,8 +78,8 @@ pub(crate) struct LinkRow {
     pub(crate) transport: &'static str,
     /// The reason for the choice of the wire.
     pub(crate) why: String,
-    /// The library's report about itself. For NIXL, this is `UCX_TLS` and UCX's estimate of the rate. UCX may
-    /// use another wire than both suggest.
+    /// The library's report about itself. For NIXL, the report has `UCX_TLS` and UCX's estimate of the rate.
+    /// Neither of them proves which wire UCX uses.
     pub(crate) reported: String,
     /// GB/s (10⁹ bytes) of recent writes; absent before the first write.
     pub(crate) measured_gb_per_s: Option<f64>,

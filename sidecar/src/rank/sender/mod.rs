@@ -312,8 +312,8 @@ impl SenderTask {
                     let (early, outcome) = tokio::select! {
                         biased;
                         ended = &mut whole => ended,
-                        // The receiver already knows about a write that waits for its bytes, so the sender
-                        // requests help only for other writes.
+                        // The receiver already knows about a write that waits for its bytes. The sender asks
+                        // the receiver for help only with other writes.
                         () = times.lasting(), if !waited => {
                             if lasting.try_send(transfer).is_err() {
                                 debug!(%transfer, "cannot ask the receiver for help with a write: the queue is full");

@@ -48,8 +48,8 @@ pub(super) fn divide(
                 let is_last = index + 1 == layers.len();
                 let end = match (is_last, plane + 1 == planes) {
                     (true, true) => end,
-                    // The next run belongs to the first range again. The granule that the two runs share
-                    // belongs to the last range.
+                    // The run after this one is in the next plane and belongs to the first range. The granule
+                    // that the two runs share belongs to the last range.
                     (true, false) => end.next_multiple_of(granule),
                     (false, _) => end / granule * granule,
                 };

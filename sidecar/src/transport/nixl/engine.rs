@@ -146,7 +146,7 @@ impl Engine {
                 permit,
             } => match self.peers.get_mut(&link) {
                 Some(peer) => peer.write(ready, &pieces, self.slots.as_ref(), reply, permit),
-                // A link exists longer than its peer only while the thread ends.
+                // A link without a peer is possible only while the thread ends.
                 None => answer(reply, unsent("the link has ended")),
             },
             Command::Unlink(link) => {

@@ -342,10 +342,10 @@ impl Drop for Nixl {
 }
 
 impl Shared {
-    /// Sends a command without a permit. Few objects send such commands, so these commands cannot fill the
-    /// memory.
+    /// Sends a command without a permit. Few objects send commands without a permit, so these commands cannot
+    /// fill the memory.
     fn send(&self, command: Command) {
-        // The send fails if the thread has ended. No caller waits for an answer to these commands.
+        // The send fails if the thread has ended. No caller waits for an answer to a command without a permit.
         drop(self.commands.send(command));
     }
 

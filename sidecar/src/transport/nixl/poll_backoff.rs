@@ -76,8 +76,9 @@ const YIELD: Duration = Duration::from_micros(500);
 /// The first sleep. With the kernel's timer slack, this sleep takes about 100 µs. At 5 GB/s, 0.5 MB arrive in
 /// this time, and the buffers of sockets hold them. Each wake costs 5 to 20 µs of a core.
 const NAP: Duration = Duration::from_micros(50);
-/// If nothing has moved for this time, the sleeps become longer. Peers post announced writes at once, so a peer
-/// that is silent for this time was delayed.
+/// If nothing has moved for this time, the sleeps become longer. A peer usually posts a write as soon as it has
+/// announced the write. If nothing comes for this time, something delays the peer, and frequent polls do not
+/// help.
 const DOZE: Duration = Duration::from_millis(5);
 const SHORT: Duration = Duration::from_micros(200);
 /// If nothing has moved for this time, the sleeps have the longest duration. By then the peer writes without

@@ -108,8 +108,8 @@ impl Reader {
                 self.shown.store(write.lease.0, Ordering::Relaxed);
                 self.land(inlet, &layout, &passes, bytes, deadline)?
             }
-            // The lease has just ended, and the peer has other writes on this connection. The bytes for the
-            // closed slots are read and dropped, and the other writes are served.
+            // If a lease has just ended, the peer may have writes under other leases on this connection. So the
+            // bytes for the closed slots are read and dropped, and later writes are still served.
             Err(Refusal::Closed) if self.shown.load(Ordering::Relaxed) != 0 => {
                 self.discard(bytes, deadline)?;
                 Some(Refusal::Closed)

@@ -73,7 +73,7 @@ impl Waker {
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
-    /// Clears the wake. The thread does this before it looks for work, so that no wake is lost.
+    /// Clears the wake. The thread clears the wake before it looks for work, so that no wake is lost.
     pub(super) fn clear(&self) {
         // The read fails only if there was no wake.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);

@@ -54,7 +54,7 @@ async fn a_successor_on_another_host_vouches_for_the_one_before() {
     // A repeated handshake gives no second result for a sender that is known to have ended.
     fences.introduce(&hello(2, 2, &[1]), FROM);
     assert_eq!(within(&mut fences, 10 * REMOTE).await, None);
-    // Another lease of the same sender seeks its proof only now.
+    // A second lease of the first sender seeks its proof only after the sender's end is known.
     fences.seek(sender(1), LeaseId(6));
     assert_eq!(within(&mut fences, GRACE).await, over);
     // The successor still runs.

@@ -336,7 +336,7 @@ async fn a_dropped_write_goes_on_and_a_dropped_link_waits_for_it() {
         assert!(start.elapsed() < Duration::from_secs(60));
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    // The same agent connects again.
+    // The sender connects to the receiver's agent again.
     let link = sender.link(receiver.remote.clone()).await.unwrap();
     assert_eq!(
         link.write(LEASE, vec![piece(0, 1, MIB)]).await,
