@@ -65,7 +65,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
         status: Arc::clone(&status),
         proxy,
     };
-    // From here on the node binds its ports and reports each change to the observer.
+    // From now on the node binds its ports and reports each change to the observer.
     let ranks = Arc::clone(&metrics.ranks);
     let node = Node::start(Arc::clone(&config), Arc::new(observer), ranks).await?;
     let mut ports = node.ports().clone();

@@ -94,7 +94,7 @@ fn plain(text: Bytes, cached: Option<u64>) -> Bytes {
     let mut out = Vec::new();
     let mut done = 0;
     // Search for a field again only when the loop has passed the position at which the field was last found.
-    // Otherwise an event with many of these fields would take quadratic time.
+    // Without this rule, the search of an event with many such fields would take quadratic time.
     let mut tokens = cached_tokens(&text, 0);
     let mut params = value(&text, PARAMS, 0);
     loop {

@@ -136,12 +136,13 @@ pub(crate) async fn serve(
     permit: OwnedSemaphorePermit,
     mut arrival: Arrival,
 ) -> Result<Response, ApiError> {
-    // Parse and route first: a request that fails here gets an error before it counts as arrived.
+    // Parse and route first: a request that cannot be parsed or routed gets an error before it counts as
+    // arrived.
     let body = RequestBody::parse(arrival.body)?;
     let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
-    // Each request that gets no transfer because of its cost makes the estimated cost a little smaller.
-    // Otherwise, after one high estimate, the proxy would never try and measure a transfer again.
+    // Each request that gets no transfer because of its cost makes the estimated cost a little smaller. If
+    // the estimate never fell, the proxy would try no further transfer after one high measurement.
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
         app.measured.stayed();
     }

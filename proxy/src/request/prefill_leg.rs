@@ -159,8 +159,8 @@ impl Drive {
         self.prefill_failed(context, why)
     }
 
-    /// Sends the prefill leg to another instance, if the failure and the number of attempts allow it.
-    /// Otherwise returns the event that the leg has failed.
+    /// Sends the prefill leg to another instance, if the failure and the number of attempts allow it. If no
+    /// second attempt is possible, returns the event that the leg has failed.
     fn prefill_failed(&mut self, context: &mut RequestContext, why: Fallback) -> Step {
         self.app.metrics.leg_failed(Leg::Prefill(why));
         let Ok(prefill) = &self.pair.prefill else {

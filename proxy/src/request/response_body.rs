@@ -238,8 +238,8 @@ impl ResponseBody {
             return;
         }
         if self.stream && self.tail.capacity() == 0 {
-            // Reserve all the memory that the tail ever needs. Otherwise the memory of thousands of streams
-            // would grow for a minute.
+            // Reserve all the memory that the tail ever needs, so that the memory of thousands of streams
+            // does not grow for a minute.
             self.tail.reserve_exact(2 * most);
         }
         // Cut once per `most` bytes, because each cut moves the rest of the tail.

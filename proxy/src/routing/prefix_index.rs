@@ -82,8 +82,8 @@ struct State {
 struct Recent<K, V> {
     /// Entries that were used since `young` last became `old`; `most` entries or fewer.
     young: HashMap<K, V>,
-    /// Entries that were last used before `young` last became `old`. They are dropped when `young` becomes
-    /// `old` again.
+    /// Entries that were last used before `young` last became `old`. The entries are dropped when `young`
+    /// becomes `old` again.
     old: HashMap<K, V>,
     /// Maximum number of entries of each of the two maps.
     most: usize,

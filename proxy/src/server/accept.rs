@@ -132,8 +132,8 @@ async fn accept(
         match listener.accept().await {
             Ok((stream, peer)) => return (stream, peer, place),
             Err(e) => {
-                // Most likely the process has no file descriptor left. Wait until other connections have
-                // closed.
+                // An accept most likely fails because the process has no file descriptor left. Wait
+                // until other connections have closed.
                 warn!(error = %e, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
             }

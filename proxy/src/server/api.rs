@@ -107,8 +107,8 @@ async fn accept(
     if app.draining.is_cancelled() {
         return Err(draining());
     }
-    // Reserve the place only after the body is complete. Otherwise bodies that stop half-way would hold the
-    // places of requests.
+    // Reserve the place only after the body is complete, so that bodies that stop half-way hold no places
+    // of requests.
     let permit = app.admit().ok_or_else(|| {
         let most = app.config.max_in_flight;
         ApiError::new(

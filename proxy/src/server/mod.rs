@@ -226,7 +226,7 @@ impl Proxy {
         while let Some(next) = tasks.join_next().await {
             ended.push(next);
         }
-        // A failed port decides the exit code. A panic is raised again here, so that no defect is hidden.
+        // A failed port decides the exit code. A task's panic is raised again, so that no defect is hidden.
         for task in ended {
             match task.map_err(tokio::task::JoinError::try_into_panic) {
                 Ok(Ok(())) | Err(Err(_)) => {}

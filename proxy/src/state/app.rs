@@ -124,7 +124,8 @@ impl App {
     }
 
     /// Asks the registration task to call this instance back at once, because a leg to the instance has
-    /// failed. Otherwise the proxy would send requests to a dead instance until the next health check is due.
+    /// failed. Without this call-back, the proxy would send requests to a dead instance until the next health
+    /// check is due.
     pub(crate) fn suspect(&self, id: &str) {
         // If the queue is full, it most likely holds this instance already.
         drop(self.suspects.try_send(id.to_owned()));

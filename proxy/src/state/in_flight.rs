@@ -1,4 +1,4 @@
-//! The requests in flight, by id. Messages from the registration port find their request here.
+//! The requests in flight, by id. Messages from the registration port find their request in this list.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -125,7 +125,7 @@ impl Recent {
         records.push_back(record);
     }
 
-    /// Adds a notice that came after the request's end. Returns true if the request's record is still there.
+    /// Adds a notice that came after the request's end. Returns true if the request's record is still kept.
     pub(crate) fn amend(&self, id: &str, notice: Option<&NotifX>) -> bool {
         let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(record) = records

@@ -93,8 +93,8 @@ impl Trace {
             leg["parentSpanId"] = json!(self.span);
             all.push(leg);
         };
-        // A leg gets a span only if its time is known. Otherwise a leg that did not happen would look like a
-        // fast leg.
+        // A leg gets a span only if its time is known, so that a leg that did not happen does not look like
+        // a fast leg.
         if let (Some(prefill), Some(end)) = (&record.prefill, record.prefill_ms) {
             let more = json!({"instance": prefill, "begun_ms": record.begun_ms,
                 "error.message": record.prefill_error});

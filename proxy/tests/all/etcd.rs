@@ -119,8 +119,7 @@ async fn one_proxy_dies_and_the_other_serves_on() {
     );
     assert_eq!((pair.p.seen().len(), pair.d.seen().len()), (1, 1));
 
-    // The first proxy revokes its lease as it ends. Otherwise the keys of this proxy would remain until the
-    // lease expires.
+    // The first proxy revokes its lease as it ends, so that its keys do not remain until the lease expires.
     first.end().await;
     until_shared(&second).await;
     until_shared(&second).await;

@@ -69,7 +69,7 @@ async fn nothing_is_left() {
         }
     }
     assert_eq!(ends.values().sum::<u32>(), 300, "{ends:?}");
-    // Each kind of end must have happened. Otherwise the test would not cover every kind.
+    // Each kind of end must have happened, so that the test covers every kind.
     for end in [
         "200 OK",
         "400 Bad Request",
@@ -86,7 +86,7 @@ async fn nothing_is_left() {
     timeout(PATIENCE, none_in_flight)
         .await
         .expect("every request ends");
-    // From here on all engines work.
+    // From now on all engines work.
     for engine in [&p1, &p2, &d1, &d2] {
         engine.on_prefill(Reply::Json(200, completion("x", 5, 1)));
         engine.on_decode(Reply::Json(200, completion("hello", 5, 3)));

@@ -1,5 +1,6 @@
 //! LMCache's keys that the sidecar does not use. The sidecar ignores most of these keys and reports the
-//! reason. It refuses a key if a sidecar that ignores the key does not do what the file asks for.
+//! reason. The sidecar refuses a key that it cannot ignore without doing something else than the file asks
+//! for.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;

@@ -272,7 +272,7 @@ impl Inputs {
     }
 }
 
-/// Translates Mooncake's keys if the file is a `mooncake.json`. Otherwise the result is empty.
+/// Translates Mooncake's keys if the file is a `mooncake.json`; for any other file the result is empty.
 fn mooncake(layers: &mut Layers, inputs: &Inputs) -> Mooncake {
     if !mooncake::is_mooncakes(&layers.lmcache) {
         return Mooncake::default();

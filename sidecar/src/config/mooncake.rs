@@ -50,8 +50,8 @@ pub(crate) fn translate(layers: &mut Layers, role: Option<Role>, ranks: u32) -> 
         _ => prefill,
     };
     if let Some((given, url)) = ours {
-        // The size is added even if the role is missing. Otherwise the report would show two mistakes: the
-        // missing role and a missing size.
+        // The size is added even if the role is missing, so that the report does not show the missing size
+        // as a second mistake.
         let bytes = BUFFER_BYTES.to_owned();
         add(layers, false, "pd_buffer_size", given.line, bytes);
         if let Some(role) = role {

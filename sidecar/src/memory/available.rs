@@ -95,8 +95,8 @@ fn cgroups(membership: &str, mount: &Path) -> Vec<(u64, Limit)> {
             _ if controllers.split(',').any(|name| name == "memory") => (mount.join("memory"), V1),
             _ => continue,
         };
-        // In a container the path may name a group of the host that is not mounted here. Then the root of the
-        // mount is this process's group.
+        // In a container the path may name a group of the host that is not mounted in the container. The
+        // group of this process is then the root of the mount.
         let own = root.join(path.trim_start_matches('/'));
         let own = if own.is_dir() { own } else { root.clone() };
         for group in own.ancestors().take_while(|group| group.starts_with(&root)) {

@@ -193,8 +193,8 @@ impl Memfd {
     }
 
     /// Touches every page on kernels without `MADV_POPULATE_WRITE`. `fallocate` allocates the file's pages,
-    /// so that a lack of memory is an error here and not a signal later. Reading a byte of each page maps the
-    /// page.
+    /// so that a lack of memory is an error of this call and not a signal later. Reading a byte of each page
+    /// maps the page.
     fn touch_by_hand(&self) -> io::Result<()> {
         fs::fallocate(&self.file, fs::FallocateFlags::empty(), 0, self.len as u64)?;
         for at in (0..self.len).step_by(rustix::param::page_size()) {

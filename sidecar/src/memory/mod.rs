@@ -109,7 +109,7 @@ impl Buffer {
     /// Allocates `bytes` in a memfd, seals it against shrinking and growing, and touches every page.
     ///
     /// The first write to a page takes more than 10 times as long as later writes (0.8 s per GiB against 0.06
-    /// s). This call makes the first writes, so that the first requests are not slow.
+    /// s). The allocation makes the first writes, so that the first requests are not slow.
     ///
     /// # Errors
     /// A limit is too low, or the kernel refuses. The error has the bytes that were asked for and the bytes

@@ -133,8 +133,8 @@ impl Admin {
             let Some(stream) = stream else {
                 break;
             };
-            // At the limit, the oldest connection is closed. Otherwise a client that opens connections and
-            // stays silent could lock out other clients.
+            // At the limit, the oldest connection is closed. Without this rule, a client that opens
+            // connections and stays silent could lock out other clients.
             if open.len() >= MAX_CONNECTIONS
                 && let Some((_, oldest)) = open.pop_front()
             {
@@ -156,7 +156,7 @@ impl Admin {
                 number
             });
         }
-        // New connections are refused from here on; only answers that are being written are still completed.
+        // New connections are refused from now on; only answers that are being written are still completed.
         drop(self.listener);
         let closed = async { while connections.join_next().await.is_some() {} };
         if tokio::time::timeout(LAST_WORDS, closed).await.is_err() {
@@ -339,7 +339,7 @@ async fn serve(
 }
 
 /// Maximum number of connections at the same time: scrapers, a proxy and a few people. If a further
-/// connection comes, the oldest connection is closed. Otherwise silent connections could lock out the proxy's
+/// connection comes, the oldest connection is closed, so that silent connections cannot lock out the proxy's
 /// call-back, on which readiness depends.
 const MAX_CONNECTIONS: usize = 64;
 /// Largest body. A call-back has about 100 bytes.

@@ -1,8 +1,9 @@
 //! Writes out the Prometheus metrics. docs/reference/metrics.md lists each metric, and a test compares that
 //! list with the metrics.
 //!
-//! Each component owns its counters and histograms and registers them here. Gauges are read from [`Status`] at each
-//! scrape. Every label has a bounded number of values: only the first peers are shown.
+//! Each component owns its counters and histograms and registers them in this registry. Gauges are read
+//! from [`Status`] at each scrape. Every label has a bounded number of values: only the first peers are
+//! shown.
 
 mod gauges;
 

@@ -306,7 +306,7 @@ impl Status {
     pub(crate) fn registration(&self, config: &Config, admin_port: u16, now: Instant) -> Register {
         let inner = self.inner();
         // The registration must come before the proxy's acknowledgement, so a missing acknowledgement does
-        // not count here.
+        // not count as a reason against readiness in the registration.
         let ready = inner
             .obstacles(&self.about, now)
             .iter()

@@ -9,8 +9,8 @@
 //!    │ ◀─────── NixlMemRegResponse{rows, x: Pages}
 //! ```
 //!
-//! The receiver keeps no state between the two requests, so it answers them in any order and any number of
-//! times. A peer that sends no `x` is LMCache.
+//! The receiver keeps no state between the two requests, so it answers these requests in any order and any
+//! number of times. A peer that sends no `x` is LMCache.
 
 use std::time::Duration;
 

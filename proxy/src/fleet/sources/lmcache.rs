@@ -12,7 +12,8 @@ impl Sources {
     /// Returns the instances that the flags name. Hosts and ports are combined as in LMCache's example
     /// proxy. If the flags give one host, one port and a count, the host gets this number of
     /// consecutive ports, beginning with the given port. A single host is combined with each port, and
-    /// a single port with each host. Otherwise the n-th host gets the n-th port.
+    /// a single port with each host. With several hosts and several ports, the n-th host gets the n-th
+    /// port.
     pub(super) fn lmcache(&self) -> Result<Vec<Named>, String> {
         let mut all = Vec::new();
         let prefillers = pairs(

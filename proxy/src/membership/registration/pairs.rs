@@ -49,7 +49,7 @@ impl LoggedPairs {
             .retain(|(one, other, _)| is_there(one) && is_there(other));
         let ready = all.iter().filter(|i| i.standing == Standing::Ready);
         let now = ready.clone().map(|i| (&i.id, i.epoch, &i.kv));
-        // If no ready instance has changed, stop here: most heartbeats change nothing.
+        // If no ready instance has changed, return at once: most heartbeats change nothing.
         if now.eq(self.seen.iter().map(|(id, epoch, kv)| (id, *epoch, kv))) {
             return;
         }

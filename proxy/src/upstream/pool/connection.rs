@@ -62,8 +62,8 @@ impl Link {
     }
 
     /// Drives the connection until `poll` is ready. `poll` and the first call of `drive` use a waker that
-    /// wakes nothing. Otherwise data that passes between `poll` and the connection would wake the task that
-    /// is already running. Only the last call of `drive` registers the task's waker.
+    /// wakes nothing. With the task's waker, data that passes between `poll` and the connection would wake
+    /// the task that is already running. Only the last call of `drive` registers the task's waker.
     pub(super) fn drive_until<T>(
         &mut self,
         cx: &mut Context<'_>,

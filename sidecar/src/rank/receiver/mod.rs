@@ -260,7 +260,7 @@ impl ReceiverTask {
                 slot_bytes: slot_layout.slot_bytes,
             },
         };
-        // LMCache's senders know the addresses of the former layout, which are wrong now.
+        // LMCache's senders know addresses of the former slot layout, which are wrong now.
         self.lmcache_peers.forget();
         self.canaries = Canaries::default();
         // Peers of LMCache that asked before the engine came get their answers now.

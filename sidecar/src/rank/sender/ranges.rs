@@ -12,8 +12,8 @@ use protocol::sender::Piece;
 ///
 /// A chunk is `[planes, layers, tokens, width]`, so a range of layers is one run of bytes in each plane. Runs
 /// begin at multiples of the link's `granule`; a granule in which two ranges meet belongs to the later range.
-/// So no byte is in two writes. Otherwise the earlier write could arrive last and overwrite new bytes with old
-/// bytes.
+/// So no byte is in two writes. If a byte were in two writes, the earlier write could arrive last and
+/// overwrite a new byte with an old byte.
 ///
 /// Returns `None` if the ranges do not cover all layers, or if runs would be shorter than a granule.
 pub(super) fn divide(

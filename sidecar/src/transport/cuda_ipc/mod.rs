@@ -4,7 +4,7 @@
 //! Each buffer has one thread. The thread queues copies on one stream per receiver, and polls for the end of
 //! the copies; the GPU's copy engines do the work. [`Ready`](super::Ready) describes the event that the
 //! thread waits for before it queues a copy, and why the GPU does not wait. An event is recorded after a
-//! write's copies. When this event has fired, the copies have ended. Then every byte is visible to all work
+//! write's copies. When this event has fired, the copies have ended, and every byte is visible to all work
 //! that the receiver's GPU begins later. So if a sender reports that its write has ended, no write to the
 //! slot is in flight. If no such message comes, the end of the sender's process is the proof, because the
 //! process's queued copies end with it.

@@ -8,7 +8,7 @@ use super::address::Address;
 use crate::memory::cuda::{CudaError, DeviceMemory, Event, Imported, Stream, Strided};
 use crate::transport::Remote;
 
-/// A receiver's buffer, mapped here, with the stream of the copies into it.
+/// A receiver's buffer, mapped into this process, with the stream of the copies into the buffer.
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) name: String,

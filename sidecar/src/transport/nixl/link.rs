@@ -75,7 +75,7 @@ impl Link for NixlLink {
             terminal: false,
             error: STOPPED.to_owned(),
         };
-        // Usually the queue has room. Then the thread begins the write even before the caller awaits the
+        // Usually the queue has room, and the thread begins the write even before the caller awaits the
         // future.
         match Arc::clone(&self.0.shared.permits).try_acquire_owned() {
             Ok(permit) => {

@@ -1,4 +1,4 @@
-//! Handles the writes to one receiver: they are queued, posted, polled and abandoned here.
+//! Handles the writes to one receiver: queues, posts, polls and abandons them.
 
 use std::collections::VecDeque;
 use std::rc::Rc;

@@ -257,7 +257,7 @@ impl Accepting {
         };
         let id = self.next;
         self.next += 1;
-        // The notice is dropped when the thread ends, even by a panic. Otherwise the connection would count as
+        // The notice is dropped when the thread ends, even by a panic, so that no dead connection counts as
         // live forever.
         let notice = Notice(Arc::clone(&self.control), id);
         let spawned = thread::Builder::new()
