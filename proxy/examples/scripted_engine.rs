@@ -7,8 +7,8 @@
 //! gets an answer with `kv_transfer_params` like NixlConnector's. Any other request gets a
 //! completion. If the request contains `"stream":true`, the completion is a stream of EVENTS events
 //! and `[DONE]`; with PACE_MS, the engine sends one event every PACE_MS milliseconds. The engine
-//! parses only as much HTTP as this needs, so that it takes little CPU time from the router that is
-//! measured.
+//! parses only as much HTTP as its answers need, so that it takes little CPU time from the router
+//! that is measured.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;

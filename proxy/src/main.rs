@@ -32,8 +32,8 @@ async fn main() -> ExitCode {
     let (Ok(filter), []) = (filter, &problems[..]) else {
         return print_problems(&problems, USAGE);
     };
-    // Without `log_internal_errors(false)`, the subscriber would report a failed write on standard error.
-    // If standard error is closed, this report would panic.
+    // Without `log_internal_errors(false)`, the subscriber would report a failed write on standard error,
+    // and panic if standard error is closed.
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -15,7 +15,8 @@ pub(crate) mod merge;
 pub(crate) mod stream;
 
 /// Returns true if the request keeps its meaning when the answer's first token becomes part of the
-/// prompt. Returns false for a request with an unknown field, because such a field may mean anything.
+/// prompt. Returns false for a request with an unknown field, because an unknown field may mean
+/// anything.
 pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     let is_set = |name: &str| match body.json(name) {
         // In a completion, `logprobs: 0` is not empty: it asks for the log probability of the sampled

@@ -48,8 +48,8 @@ impl Handoff for ToLmcache {
         let Some(id) = answer.first_token_id() else {
             return Err(NoHandoff::not_pushed("its answer carries no first_tok"));
         };
-        // The decode leg's prompt ends with this token, so the client can get the token's text only from
-        // this answer.
+        // The decode leg's prompt ends with the first token, so the client can get this token's text only
+        // from the prefill leg's answer.
         let Some((first, _)) = answer.first_token(id) else {
             return Err(NoHandoff::not_expressible(
                 "its first token cannot be shown by itself",

@@ -90,7 +90,7 @@ pub(crate) struct Spec {
     /// transfer to an instance with this connector.
     pub needs_first_token: bool,
     /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` never goes
-    /// to or from an instance with such a connector, because requests with other salts would find the KV.
+    /// to or from an instance with this connector, because requests with other salts would find the KV.
     pub ignores_salt: bool,
     /// True if the decode engine fills several sequences of a prompt (`n`) from one copy of the KV.
     pub fills_many_sequences: bool,

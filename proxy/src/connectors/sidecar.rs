@@ -64,7 +64,7 @@ impl Handoff for FirstToken {
 
     fn decode_params(&self, id: &RequestId, prefilled: &Prefilled) -> Option<String> {
         // The decode leg's prompt ends with the first token. `tokens` is the length of the prompt without
-        // this token.
+        // the first token.
         let tokens = prefilled
             .prompt_tokens
             .filter(|_| prefilled.first.is_some());

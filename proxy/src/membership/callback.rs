@@ -106,8 +106,8 @@ fn judge(call: &CallBack, status: StatusCode, body: &Bytes) -> Answer {
     }
 }
 
-/// Longest wait for an answer. A sidecar answers from memory; a sidecar that takes longer would also be too
-/// slow to push KV.
+/// Longest wait for an answer. A sidecar answers from memory, so a sidecar that needs more than this time
+/// is also too slow to push KV.
 const CALL_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The longest reason of a sidecar that `/instances` and the log show, in characters.

@@ -131,8 +131,8 @@ impl RequestBody {
         Ok(body)
     }
 
-    /// Returns the reason for which no two instances can transfer KV for this request; `None` if there is
-    /// no such reason.
+    /// Returns the reason for which no two instances can transfer KV for this request; `None` if no reason
+    /// is known.
     pub(crate) fn fallback(&self, endpoint: Endpoint) -> Option<Fallback> {
         if self.is_not_one("best_of") || self.is_on("use_beam_search") {
             return Some(Fallback::ManySequences);

@@ -2,8 +2,8 @@
 //! proxy.
 //!
 //! A browser on this host also connects from a loopback address. A page can make the browser send every
-//! request that needs no preflight, such as a request with a `text/plain` body. After DNS rebinding, such a
-//! request has a foreign name in `Host`.
+//! request that needs no preflight, such as a request with a `text/plain` body. After DNS rebinding, a
+//! page's request has a foreign name in `Host`.
 
 use common::origin::{host, is_local, is_of_another_site};
 use http::header::{CONTENT_TYPE, FORWARDED, ORIGIN, VIA};

@@ -1,7 +1,7 @@
 //! Finds data and the ends of events in the bytes of an event stream.
 //!
-//! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment
-//! proves only that the HTTP server lives. Data proves that the engine works.
+//! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment proves
+//! only that the HTTP server lives, but data proves that the engine works.
 
 /// Finds the data and the events of a stream that comes in chunks. A chunk may end anywhere in an
 /// event.

@@ -31,15 +31,16 @@ impl Drive {
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
         context.decode_sent(decode, transfer, tokens);
         self.decode_sent = Instant::now();
-        // After an early first token, every decode leg must continue after that token, even a decode leg
-        // without a transfer.
+        // If the client has already got the first token, every decode leg must continue after this token,
+        // even a decode leg without a transfer.
         self.is_continuation =
             self.prefilled.first.is_some() && (transfer.is_ok() || self.has_sent_first_token);
         decode
             .load
             .chosen(self.decode_sent, self.app.config.breaker());
         let (path, id, body) = self.decode_leg(&context.id, transfer);
-        // If the engines read each other's addresses from the id, a client's own id would break the transfer.
+        // If the engines read each other's addresses from the id, the leg must carry this id, and not the
+        // client's own id.
         let is_address = self.is_address_id && transfer.is_ok();
         let chosen = self.chosen.as_ref().filter(|_| !is_address);
         let headers = self.leg_headers(chosen.unwrap_or(id));

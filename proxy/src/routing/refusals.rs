@@ -5,7 +5,7 @@
 //! The engine's connector or the sender gives the reason. Some reasons hold for later requests, too: for all
 //! requests of a pair (`layout_mismatch`), for a model name (`lora`; `key_mismatch` between two instances),
 //! or for requests of the same kind (`prompt_logprobs`). The proxy remembers these reasons for a while.
-//! During this time the proxy sends no prefill leg that would be refused again.
+//! While the proxy remembers a reason, it sends no prefill leg that would be refused for this reason again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -321,8 +321,8 @@ fn limits(reason: &str) -> (u32, Duration) {
         // A network that fails for a moment must not stop the transfers of the pair.
         "no_link" => (3, BRIEFLY),
         // One prompt can be rendered in two ways, for example if its template contains the time. A single
-        // client with such a prompt must not stop the pair's transfers for all clients. Keys that never
-        // match fail in every request.
+        // client whose prompt is rendered in two ways must not stop the pair's transfers for all clients.
+        // Keys that never match fail in every request.
         "key_mismatch" => (3, LONG),
         _ => (1, LONG),
     }

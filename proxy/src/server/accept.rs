@@ -242,5 +242,6 @@ const LEAVE_TIME: Duration = Duration::from_millis(200);
 /// clients still get the error.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Pause after a failed accept, which would otherwise fail again at once and use up a core.
+/// Pause after a failed accept. Without the pause, the accept would fail again and again, and use up a
+/// core.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

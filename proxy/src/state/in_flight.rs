@@ -133,7 +133,7 @@ impl Progress {
 
     /// Notes the end of the prefill leg.
     pub(crate) fn prefill_ended(&self, note: PrefillNote) {
-        // A leg ends only once. If a second end were noted, the first end would stay.
+        // A leg ends only once, so a second end is ignored.
         drop(self.prefill_end.set(note));
     }
 

@@ -287,9 +287,9 @@ pub(crate) fn with_cause(error: &dyn StdError) -> String {
 }
 
 /// If a connection closes within this time after a request was sent, the engine had probably closed the
-/// connection before the request came, so the proxy repeats the request. The proxy notices such a closed
-/// connection within about one round trip. If a connection closes later, there is another cause, such as an
-/// engine that died, and the proxy does not repeat the request.
+/// connection before the request came, so the proxy repeats the request. The proxy notices the close within
+/// about one round trip. If a connection closes later, the cause is different, for example an engine that
+/// died, and the proxy does not repeat the request.
 const JUST_CLOSED: Duration = Duration::from_secs(1);
 
 /// Longest idle time of a connection. vLLM's HTTP server closes idle connections after 5 s; a request on

@@ -19,8 +19,8 @@ async fn a_field_of_a_newer_engine_is_judged_by_the_decode_engine() {
     assert_eq!(rig.record().await["alone"], "prefill_refused");
     assert_eq!(pair.d.only().json(), body);
 
-    // If the proxy knows all fields, the decode engine would also refuse the request, so the client gets the
-    // refusal.
+    // If the proxy knows all fields of a refused request, the decode engine will also refuse the request. So
+    // the client gets the prefill engine's refusal.
     let body = json!({"model": "other", "prompt": "hello"});
     let answer = rig.client.post(COMPLETIONS, &body).await;
     assert_eq!((answer.status.as_u16(), answer.json()), (400, refusal));

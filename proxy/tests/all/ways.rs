@@ -272,8 +272,8 @@ async fn a_sidecar_prefills_for_lmcache() {
     });
     rig.journal.until("p prefill served").await;
     let id = p.only().id();
-    // The prefill engine has begun. Between two sidecars, this message would make the proxy send the decode
-    // leg.
+    // This message says that the prefill engine has begun. If both instances had sidecars, the proxy would
+    // now send the decode leg.
     p_sidecar.progress(&id).await;
     let heard = "pd_proxy_registration_messages_total{kind=\"progress\"}";
     rig.until_metric(heard, 1.0).await;

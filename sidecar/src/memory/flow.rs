@@ -40,8 +40,8 @@ impl Outlet {
         Ok(Self { buffer, staged })
     }
 
-    /// Discards the staged bytes, because the buffer may have changed since. Callers do this before each
-    /// write.
+    /// Discards the staged bytes, because the buffer may have changed since they were copied. Callers do this
+    /// before each write.
     pub(crate) fn begin(&mut self) {
         if let Some(staged) = &mut self.staged {
             staged.holds = 0..0;

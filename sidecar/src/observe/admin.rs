@@ -220,8 +220,8 @@ async fn registered(
     headers: HeaderMap,
     body: Result<Json<Registered>, JsonRejection>,
 ) -> Response {
-    // A browser adds one of these headers to each POST of a page, even after DNS rebinding. A proxy adds no
-    // such header.
+    // A browser adds `Origin` or `Sec-Fetch-Site` to each POST of a page, even after DNS rebinding. A proxy
+    // adds neither header.
     if headers.contains_key(ORIGIN) || headers.contains_key("sec-fetch-site") {
         shared.metrics.malformed.count("admin");
         warn!("refused a call-back from a web page (header Origin or Sec-Fetch-Site)");

@@ -11,8 +11,8 @@
 //! name does not get the lock, so it can prove nothing.
 //!
 //! The process ignores the secrets in a file that was written on another host, or on this host before its
-//! last boot. The file may be on a shared file system. Such a file system releases the lock of a host that it
-//! cannot reach, although the processes on that host may still run.
+//! last boot. The file may be on a shared file system, which releases the locks of a host that it cannot
+//! reach, although the processes on that host may still run.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};

@@ -54,9 +54,10 @@ pub(super) struct Place {
 /// The end of the filling, relative to the time at which the chunks are reported as staged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum When {
-    /// The filling ends before that time.
+    /// The filling ends before the chunks are reported.
     Before,
-    /// The filling ends some milliseconds later. On host memory this is the same as `Before`.
+    /// The filling ends some milliseconds after the report. On host memory, `Later` means the same as
+    /// `Before`.
     Later,
 }
 

@@ -57,7 +57,7 @@ fn steps() {
             check(state, event, state, Action::Wait);
         }
     }
-    // A decode leg that was sent together with the prefill leg would wait for KV that no sender sends.
+    // A decode leg that was sent together with the prefill leg now waits for KV that no sender sends.
     let lost = Event::PrefillLost(WHY);
     let alone = decoding(Err(WHY), 1);
     check(sent, lost, alone, Action::SendDecode(Err(WHY)));

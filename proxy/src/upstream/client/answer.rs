@@ -95,7 +95,7 @@ impl Answer {
 
     /// Creates the answer of a stream from its first event. vLLM sends the head of a stream before it
     /// knows that its engine is dead; an error in the first event then carries the real status. The
-    /// result is an error answer with that status, so that another instance can take over.
+    /// result is then an error answer with the real status, so that another instance can take over.
     pub(crate) fn of_first_event(head: response::Parts, held: Bytes, rest: LinkBody) -> Self {
         let failed = sse::error(&held).and_then(|data| Some((status_in(data)?, data)));
         let Some((status, data)) = failed.filter(|_| head.status.is_success()) else {

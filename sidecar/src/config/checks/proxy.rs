@@ -33,7 +33,7 @@ pub(super) fn proxy(
         }
         (None, None) => None,
     };
-    // The proxy sends requests to this URL, so a registration without a URL would be useless.
+    // The proxy sends requests to the engine's URL, so a registration without this URL would be useless.
     let engine_url = computed(layers, "engine_url", sidecar.engine_url.as_ref(), || {
         let port = if role == Role::Sender { 8100 } else { 8200 };
         Url(format!("http://127.0.0.1:{port}"))
@@ -78,8 +78,8 @@ pub(super) fn proxy(
             );
         }
     }
-    // If the proxy is on another machine, its call-back cannot reach a loopback port. The sidecar would then
-    // start but never become ready, and the user would not know why.
+    // If the proxy is on another machine, its call-back cannot reach a loopback port. Without this warning,
+    // the sidecar would start but never become ready, and the user would not know why.
     if !address.is_loopback() && admin.is_loopback() {
         layers.warnings.push(format!(
             "the proxy {address} is on another machine and cannot reach the admin server at {admin}, so this \

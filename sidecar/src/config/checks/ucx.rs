@@ -35,7 +35,7 @@ pub(super) fn ucx(
         }
         NixlOverTcp::Refused => {
             // NIXL's agents ask UCX to report the end of a peer. Without this variable, UCX does not connect
-            // such agents through shared memory. If TCP is allowed, the variable stays unset, because
+            // NIXL's agents through shared memory. If TCP is allowed, the variable stays unset, because
             // LMCache's sync receiver does not set it. If only the writing process had set the variable, a
             // write would never end.
             variables.push((SHARED_MEMORY, "y".to_owned()));

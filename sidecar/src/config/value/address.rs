@@ -116,7 +116,7 @@ pub(crate) fn is_loopback(host: &str) -> bool {
             .is_ok_and(|ip| ip.is_loopback())
 }
 
-/// Returns true if `host` means every interface. A peer cannot connect to such a host.
+/// Returns true if `host` means every interface, so that a peer cannot connect to it.
 pub(crate) fn is_wildcard(host: &str) -> bool {
     host == "*"
         || host

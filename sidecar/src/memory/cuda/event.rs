@@ -27,8 +27,8 @@ pub(crate) enum State {
 pub(crate) struct Event {
     raw: CUevent,
     device: Arc<Device>,
-    /// True once the event's owner is gone. Such an event may never fire, or may wrongly report that it has
-    /// fired.
+    /// True once the event's owner is gone. An event without its owner may never fire, or may wrongly
+    /// report that it has fired.
     orphaned: AtomicBool,
 }
 

@@ -56,8 +56,8 @@ impl Imported {
             bytes,
             own: None,
         };
-        // The peer sent the length of its buffer. A wrong length would let copies write beyond the mapping,
-        // so the length of the mapping is the limit.
+        // The peer sent the length of its buffer. With a wrong length, copies could write beyond the
+        // mapping, so the length of the mapping is the limit.
         let mapped = imported.mapped()?;
         if mapped < bytes {
             let len = bytes;

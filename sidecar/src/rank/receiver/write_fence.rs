@@ -1,5 +1,5 @@
-//! Proves that a vanished sender cannot write any more. A slot is reused only after that proof (design:
-//! fenced before reuse).
+//! Proves that a vanished sender cannot write any more. A slot is reused only after this module has the proof
+//! (design: fenced before reuse).
 //!
 //! If this process itself writes into the slot, closing the slot is the proof, and this module is not used.
 //! On other wires the proof has two parts: the sender's process has ended, and a grace period for the writes
@@ -8,8 +8,8 @@
 //! - For a sender on this host, this module watches the process through a process descriptor. The descriptor is
 //!   opened at the handshake, so a later process with the same id is not mistaken for the sender.
 //! - For a sender on another host, its successor process proves that the sender has ended
-//!   ([`crate::peer::process_lock`]). For such a sender the grace period is far longer: over TCP, the kernel
-//!   still sends the data of a process that has ended, even after an interruption of the network.
+//!   ([`crate::peer::process_lock`]). For a sender on another host the grace period is far longer: over TCP,
+//!   the kernel still sends the data of a process that has ended, even after an interruption of the network.
 //!
 //! Until there is proof, the sender's slots stay in quarantine, which metrics and logs show.
 
@@ -145,8 +145,8 @@ impl WriteFences {
         }
     }
 
-    /// Logs a warning if two senders seem to have the same name. The requests of such senders do not disturb
-    /// each other, but their quarantined slots are counted together.
+    /// Logs a warning if two senders seem to have the same name. The requests of two senders with the same name
+    /// do not disturb each other, but the senders' quarantined slots are counted together.
     fn look_for_namesakes(&self, sender: &SenderId, proof_hash: Option<ProofHash>) {
         let other = self.senders.iter().find(|(other, known)| {
             other.id == sender.id && known.proof_hash != proof_hash && known.may_live()

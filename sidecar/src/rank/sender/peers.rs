@@ -136,7 +136,7 @@ impl Peers {
         | News::Malformed(to)
         | News::Lost(to)) = &event;
         let peer = self.peers.get_mut(to)?;
-        // An earlier connection to this receiver may still send events. Such events must not end the newer
+        // An earlier connection to this receiver may still send events, which must not end the newer
         // connection.
         if peer.generation != generation {
             return None;

@@ -29,7 +29,7 @@ impl SenderTask {
         }
     }
 
-    /// Returns true if these chunks would arrive sooner if the engine gathered them layer by layer.
+    /// Returns true if these chunks probably arrive sooner when the engine gathers them layer by layer.
     pub(super) fn gains_by_layers(&self, granted: &Granted) -> bool {
         let to = self
             .machine

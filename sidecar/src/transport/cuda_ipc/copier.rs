@@ -293,5 +293,5 @@ fn count(counter: &AtomicU64, n: u64) {
 /// After a write, the thread polls for this time without sleeping: the push of a long prompt ends within
 /// this time.
 const SPIN: Duration = Duration::from_millis(4);
-/// The time between two checks of abandoned copies. Such copies may end at any time or never.
+/// The time between two checks of abandoned copies, which may end at any time or never.
 const STUCK_LOOK: Duration = Duration::from_millis(100);

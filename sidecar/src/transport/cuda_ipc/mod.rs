@@ -6,8 +6,8 @@
 //! thread waits for before it queues a copy, and why the GPU does not wait. An event is recorded after a
 //! write's copies. When this event has fired, the copies have ended, and every byte is visible to all work
 //! that the receiver's GPU begins later. So if a sender reports that its write has ended, no write to the
-//! slot is in flight. If no such message comes, the end of the sender's process is the proof, because the
-//! process's queued copies end with it.
+//! slot is in flight. If the sender reports nothing, the end of the sender's process is the proof, because
+//! the process's queued copies end with it.
 //!
 //! docs/benchmarks.md, "The wire", compares the rate with the other wires.
 //!
@@ -73,7 +73,7 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     Ok(Arc::new(started))
 }
 
-/// Time limit for copies in flight when the process ends. Normally such copies end within milliseconds.
+/// Time limit for copies in flight when the process ends. Normally these copies end within milliseconds.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// The time limits of the transport.

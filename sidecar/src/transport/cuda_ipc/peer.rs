@@ -206,7 +206,7 @@ mod tests {
         };
         let keys_and_values = |slot| [part(slot, 20, 10), part(slot, 70, 10)];
         let mut pieces: Vec<Piece> = (0..3).flat_map(keys_and_values).collect();
-        // The last chunk of a prompt is shorter, so its values are at another place.
+        // The last chunk of a prompt is shorter, so its values are at another offset than in a full chunk.
         pieces.extend([part(3, 8, 4), part(3, 28, 4)]);
         let copies = plan(&pieces, 8, 100, 800).unwrap();
         let copies: Vec<_> = copies

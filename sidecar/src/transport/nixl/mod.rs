@@ -281,7 +281,8 @@ impl Transport for Nixl {
     }
 
     fn divide(&self, slots: u32, slot_bytes: u64) {
-        // The number of slots is 0 in between, so that no reader combines old and new sizes.
+        // While the slot size changes, the number of slots is 0, so that no reader combines an old and a new
+        // value.
         self.slots.store(0, Ordering::Release);
         self.slot_bytes.store(slot_bytes, Ordering::Release);
         self.slots.store(slots.into(), Ordering::Release);

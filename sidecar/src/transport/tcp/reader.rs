@@ -38,7 +38,7 @@ pub(super) struct Reader {
     pub(super) socket: Arc<TcpStream>,
     pub(super) peer: SocketAddr,
     /// The lease of the last write that was admitted; 0 before the first write. A peer cannot guess a lease, so
-    /// it is trusted while this lease is open.
+    /// a peer that has used this lease is trusted while the lease is open.
     pub(super) shown: Arc<AtomicU64>,
     /// The kernel wakes this thread only when this many bytes have come; 1 at first.
     pub(super) low_water: Cell<usize>,
@@ -90,7 +90,7 @@ impl Reader {
     fn frame(&self, inlet: &mut Inlet) -> Result<(), End> {
         let (write, parts) = self.head()?;
         let batch = write.batch;
-        // The sum of valid parts may still overflow. No slots could hold so many bytes.
+        // The sum of valid parts may still overflow, but no slots can hold so many bytes.
         let bytes = parts
             .iter()
             .try_fold(0_u64, |sum, part| sum.checked_add(part.bytes))
@@ -259,7 +259,7 @@ impl Reader {
     }
 
     /// If a read has found no bytes, waits for bytes within the stall time and the frame's deadline. The peer
-    /// sends only `left` more bytes, so a wait for more than these would never end.
+    /// sends only `left` more bytes, so the call waits for at most this number.
     fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),

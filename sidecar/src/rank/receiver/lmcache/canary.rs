@@ -74,8 +74,9 @@ fn last(bytes: u64) -> u64 {
 
 /// Bytes of a canary. With this length no data equals a canary by chance.
 const MARK_BYTES: usize = 16;
-/// Minimum distance between two copies, in bytes. A smaller distance would show nothing more, because no wire
-/// delivers fewer bytes in one step: RDMA packets have 4 KiB, and the kernel copies whole pages.
+/// Minimum distance between two copies, in bytes. With a smaller distance the check would find nothing more,
+/// because no wire delivers fewer bytes in one step: RDMA packets have 4 KiB, and the kernel copies whole
+/// pages.
 const STEP_BYTES: u64 = 4096;
 /// Maximum number of copies in a slot. Writing or reading one copy takes 0.3 µs in host memory; in GPU memory
 /// all copies together take the time of two copies.

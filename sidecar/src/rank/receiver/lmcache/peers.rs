@@ -2,7 +2,7 @@
 //!
 //! An LMCache sender makes the init handshake once in the life of its process. If a sender made the handshake
 //! with an earlier sidecar process, or with an earlier slot layout, its addresses do not belong to this
-//! process's slots. This module recognizes such a sender, so that the sender gets no slot.
+//! process's slots. This module recognizes a sender with wrong addresses, so that the sender gets no slot.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;

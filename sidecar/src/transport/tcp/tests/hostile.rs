@@ -202,7 +202,7 @@ async fn a_flood_of_silent_connections_leaves_room() {
         Outcome::Done
     );
     until("the flood is taken", || receiver.counts().accepted == 201);
-    // 64 connections may wait, and the link's own connection was one of them for a moment.
+    // 64 connections may wait, and for a moment one of these was the link's own connection.
     let evicted = receiver.counts().evicted;
     assert!(
         (200 - 64..=200 - 62).contains(&evicted),
