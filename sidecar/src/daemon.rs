@@ -38,7 +38,8 @@ pub(crate) fn run(config: Config) -> Exit {
 }
 
 async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
-    // Signals come first, so that a SIGTERM during the start also ends in a drain.
+    // The signals are handled before anything starts, so that a SIGTERM during the start also ends in a
+    // drain.
     let mut signals = Signals::new()?;
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));

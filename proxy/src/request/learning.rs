@@ -23,7 +23,7 @@ impl Drive {
     }
 
     /// Learns from the senders' notices whether the pair works. The caller calls this function when a decode
-    /// leg that waited for KV is answered: the notices have come by then.
+    /// leg that waited for KV is answered, because the notices come before this answer.
     pub(super) fn learn(&self, context: &RequestContext) {
         let (Ok(prefill), true) = (&self.pair.prefill, context.waits_for_kv()) else {
             return;

@@ -11,9 +11,9 @@
 //!
 //! * `Prefilling`: the prefill leg is sent, and its engine has not begun to compute. This state ends at
 //!   the prefill timeout at the latest.
-//! * `Decoding`: the decode leg is sent. Nothing of its answer has reached the client, so another instance
-//!   can still take over. This state ends at the latest at the first-byte timeout, or at the answer timeout
-//!   if the answer is not streamed.
+//! * `Decoding`: the decode leg is sent. No byte of the leg's answer has reached the client, so another
+//!   instance can still take over. This state ends at the latest at the first-byte timeout, or at the answer
+//!   timeout if the answer is not streamed.
 //! * `Streaming`: bytes flow to the client. The idle timeout limits the time between two chunks.
 //! * `Ended`: the request has an outcome. The client can leave in every state.
 

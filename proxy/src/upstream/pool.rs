@@ -61,7 +61,7 @@ pub(crate) enum LinkError {
     Lost(String),
 }
 
-/// The body of an answer. After its last byte the connection goes back to the pool. If the body is
+/// The body of an answer. After the body's last byte the connection goes back to the pool. If the body is
 /// dropped earlier, the connection closes, so that the engine aborts the request.
 pub(crate) struct LinkBody {
     incoming: Incoming,

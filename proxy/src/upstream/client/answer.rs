@@ -13,7 +13,7 @@ use crate::openai::headers::JSON;
 use crate::openai::sse;
 use crate::upstream::pool::LinkBody;
 
-/// An answer of an engine. At least its first bytes have come.
+/// An answer of an engine, of which at least the first bytes have come.
 #[derive(Debug)]
 pub(crate) struct Answer {
     /// Status and headers, as the engine sent them.

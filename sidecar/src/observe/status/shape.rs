@@ -79,7 +79,7 @@ pub(crate) struct LinkRow {
     /// The reason for the choice of the wire.
     pub(crate) why: String,
     /// The library's report about itself. For NIXL, the report has `UCX_TLS` and UCX's estimate of the rate.
-    /// Neither of them proves which wire UCX uses.
+    /// Neither value proves which wire UCX uses.
     pub(crate) reported: String,
     /// GB/s (10⁹ bytes) of recent writes; absent before the first write.
     pub(crate) measured_gb_per_s: Option<f64>,

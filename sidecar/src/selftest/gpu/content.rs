@@ -165,7 +165,7 @@ impl Content for GpuContent {
 
 impl Drop for GpuContent {
     fn drop(&mut self) {
-        // Copies must end before the buffers are unmapped, even after a failed request.
+        // All copies must end before the buffers are unmapped, even after a failed request.
         for half in [&self.prefill, &self.decode] {
             if let Err(error) = half.stream.wait() {
                 eprintln!("the GPU failed: {error}");

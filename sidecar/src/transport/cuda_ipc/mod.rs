@@ -107,7 +107,7 @@ struct Shared {
     counters: Counters,
 }
 
-/// Counts of events, which the thread writes and any thread reads.
+/// The event counts, which the copying thread writes and any thread reads.
 #[derive(Debug, Default)]
 struct Counters {
     done: AtomicU64,

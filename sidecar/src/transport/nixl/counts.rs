@@ -19,7 +19,7 @@ pub(super) struct Counts {
     pub(super) stuck: u64,
 }
 
-/// Counts of events, which the engine thread writes and any thread reads.
+/// The event counts, which the engine thread writes and any thread reads.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) done: AtomicU64,

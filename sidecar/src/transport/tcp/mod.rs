@@ -16,12 +16,12 @@
 //! | `splice` through a pipe of 1 MiB | 1.7 | 1.9 | 2.9 | 2.7 |
 //! | `MSG_ZEROCOPY` | 1.6 | 1.3 | 2.3 | 2.5 |
 //!
-//! `sendfile`, `splice` and `MSG_ZEROCOPY` save the sender's copy. But they need time for each page (memfds
-//! have no huge pages by default), and they wake the receiver for small pieces. On loopback, the kernel copies
-//! the bytes even with `MSG_ZEROCOPY`. Socket buffers of a fixed size, instead of the size that the kernel
-//! chooses, changed nothing. If the kernel wakes the receiver less often, the rate is a third higher (6.0 GB/s
-//! at 512 MiB over 2 streams). So the receiver sets `SO_RCVLOWAT`, but never to more bytes than the frame
-//! still has; otherwise the kernel would not wake the receiver for the last bytes.
+//! `sendfile`, `splice` and `MSG_ZEROCOPY` save the sender's copy. But these calls need time for each page
+//! (memfds have no huge pages by default), and wake the receiver for small pieces. On loopback, the kernel
+//! copies the bytes even with `MSG_ZEROCOPY`. Socket buffers of a fixed size, instead of the size that the
+//! kernel chooses, changed nothing. If the kernel wakes the receiver less often, the rate is a third higher
+//! (6.0 GB/s at 512 MiB over 2 streams). So the receiver sets `SO_RCVLOWAT`, but never to more bytes than the
+//! frame still has; otherwise the kernel would not wake the receiver for the last bytes.
 //!
 //! | file | |
 //! |---|---|
