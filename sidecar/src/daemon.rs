@@ -127,9 +127,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
 
 /// Raises the limit on open files to the highest value that this user may set.
 ///
-/// The usual limit is 1024, and one port alone accepts 1024 connections (`common::zmq::MAX_PEERS`). So with
-/// the usual limit, any process that opens many connections to the alloc port could lock out the engine, the
-/// proxy and the scrapers.
+/// The usual limit on open files is 1024, and one port alone accepts 1024 connections
+/// (`common::zmq::MAX_PEERS`). So with the usual limit, any process that opens many connections to the alloc
+/// port could lock out the engine, the proxy and the scrapers.
 fn raise_descriptor_limit() {
     if let Err(error) = common::fd_limit::raise() {
         warn!(%error, "cannot raise the limit on open files");

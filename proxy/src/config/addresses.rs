@@ -75,8 +75,8 @@ impl Addresses {
         moved(self.registration, self.proxy_host, self.proxy_port)
     }
 
-    /// Returns all problems of the addresses, so that a user can correct all of them at once. Empty if there
-    /// is none.
+    /// Returns all problems of the addresses, so that a user can correct all of them at once; empty if there
+    /// is no problem.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let (listen, registration) = (self.listen(), self.registration());

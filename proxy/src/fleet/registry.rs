@@ -112,8 +112,8 @@ impl Registry {
         self.enter(now, fresh, lease, message.ready)
     }
 
-    /// Registers an instance without a sidecar. The instance stays for `lease` after its last
-    /// registration. Without a lease, it stays until it is removed.
+    /// Registers an instance without a sidecar. The instance stays for `lease` after its last registration.
+    /// Without a lease, the instance stays until it is removed.
     ///
     /// # Errors
     /// The registry refuses the instance and stays unchanged. The error gives the reason.

@@ -162,7 +162,7 @@ async fn another_decode_instance_goes_on_after_the_first_token() {
     assert!(all.ends_with("data: [DONE]\n\n"));
 }
 
-/// A part of an event that does not end.
+/// The beginning of an event that never ends.
 const MORE: &str = match std::str::from_utf8(&[b'x'; 256 * 1024]) {
     Ok(text) => text,
     Err(_) => unreachable!(),

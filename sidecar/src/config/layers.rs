@@ -305,8 +305,8 @@ impl Layers {
         });
     }
 
-    /// Adds a mistake for each unknown name. The caller must have looked for every key before. Returns
-    /// LMCache's unknown keys, which a newer LMCache may know.
+    /// Adds a mistake for each unknown name. The caller must have looked up every known key before this
+    /// call. Returns LMCache's unknown keys, which a newer LMCache may know.
     pub(crate) fn unknown(&mut self) -> Vec<String> {
         let mut ignored = Vec::new();
         for (ours, entries) in [
@@ -317,7 +317,7 @@ impl Layers {
                 if self.known.contains(&(ours, entry.key.clone())) {
                     continue;
                 }
-                // If an unknown key is almost equal to a known one, the user probably misspelled the known
+                // If an unknown key is almost equal to a known key, the user probably misspelled the known
                 // key. If the key were ignored, the sidecar would start with another value than the user
                 // meant.
                 let near = self.suggest(&entry.key);

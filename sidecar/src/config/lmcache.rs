@@ -1,6 +1,5 @@
 //! LMCache's keys that the sidecar does not use. The sidecar ignores most of these keys and reports the
-//! reason. The sidecar refuses a key that it cannot ignore without doing something else than the file asks
-//! for.
+//! reason. If a key asks for something that the sidecar does not do, the sidecar refuses the key.
 
 use super::key::{Default, Key, Section};
 use super::layers::Layers;

@@ -112,7 +112,8 @@ impl Admin {
         self.local.port()
     }
 
-    /// Serves until `stop` is cancelled. Then waits up to [`LAST_WORDS`] for answers that are being written.
+    /// Serves until `stop` is cancelled, and then waits up to [`LAST_WORDS`] for answers that are being
+    /// written.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let mut connections = JoinSet::new();
         let mut open: VecDeque<(u64, CancellationToken)> = VecDeque::new();

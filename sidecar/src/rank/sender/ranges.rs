@@ -83,9 +83,9 @@ pub(super) fn busy(spans: impl Iterator<Item = (Instant, Instant)>) -> Duration 
 /// Returns true if, at the measured link speed in GB/s, sending a step's first layers early saves more time
 /// than it costs.
 ///
-/// Posting a part and checking its end takes about 10 µs. Gathering and sending while a GPU computes slows
-/// the computation down by 1 to 9 ms for 2 GB on an H200, at any link speed. If the wire needs no more than
-/// these milliseconds for the whole write, dividing the write gains nothing.
+/// Posting a part and checking its end takes about 10 µs. If 2 GB are gathered and sent while an H200
+/// computes, the computation takes 1 to 9 ms longer, at any link speed. If the wire needs no more than these
+/// milliseconds for the whole write, dividing the write gains nothing.
 pub(super) fn is_worth_dividing(rate: f64, bytes: u64, below_gb_s: u32) -> bool {
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     let takes = bytes as f64 / (rate * 1e9);

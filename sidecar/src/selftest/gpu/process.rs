@@ -142,7 +142,7 @@ impl Drop for Sidecar {
     }
 }
 
-/// Returns a port that is free now. Another process may still bind it first.
+/// Returns a port that is free now. Another process may still bind the port first.
 pub(super) fn free_port() -> std::io::Result<u16> {
     let listener = TcpListener::bind((LOOPBACK, 0))?;
     Ok(listener.local_addr()?.port())

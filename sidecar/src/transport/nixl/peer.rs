@@ -321,7 +321,7 @@ impl Peer {
         }
     }
 
-    /// Posts at most one batch. If the CPU copies, the copy happens in this call, and commands and other
+    /// Posts at most one batch. If the CPU makes the copies, this call makes them, and commands and other
     /// peers wait meanwhile.
     fn post(&mut self) -> bool {
         let running: usize = self.writes.iter().map(|write| write.running.len()).sum();

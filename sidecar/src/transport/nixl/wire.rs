@@ -9,8 +9,8 @@ pub(super) enum Wire {
     /// Each descriptor has a fixed cost, independent of its size (NVLink 5 µs, RDMA hundreds of ns).
     /// Descriptors are small, and NIXL merges as many neighbours as it can.
     Descriptors,
-    /// The CPU copies, through sockets or directly into the peer. Big descriptors are slower over UCX's TCP
-    /// and not faster within a host, so descriptors have a medium size and are not merged.
+    /// The CPU makes the copies, through sockets or directly into the peer. Big descriptors are slower over
+    /// UCX's TCP and not faster within a host, so descriptors have a medium size and are not merged.
     Streams,
 }
 
@@ -71,7 +71,8 @@ impl Wire {
             // A request costs about 10 µs, and the thread stays free while the device copies. But a request
             // can be abandoned only as a whole.
             Self::Descriptors => 1 << 30,
-            // If the CPU copies, the thread does nothing else during a request: for 10 ms at 6 GB/s.
+            // If the CPU makes the copies, the thread does nothing else during a request: for 10 ms at 6
+            // GB/s.
             Self::Streams => 64 << 20,
         }
     }

@@ -320,8 +320,8 @@ impl Reader {
     }
 }
 
-/// Maximum bytes of one copy while the gate is locked. With this limit, a close waits for at most about 0.1
-/// ms.
+/// Maximum bytes of one copy while the gate is locked. With this limit, a call of `SlotGates::close` waits for
+/// at most about 0.1 ms.
 const COPY_BYTES: usize = 512 << 10;
 /// Minimum number of bytes for which the kernel wakes the thread. With 512 MiB in pieces of 16 MiB over 2
 /// connections, the rate is 4.1 GB/s if one byte wakes the thread, 4.5 GB/s with 256 KiB, and 6.2 GB/s with

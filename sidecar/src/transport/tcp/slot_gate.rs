@@ -1,10 +1,10 @@
 //! Controls which lease may write into which slot, so that [`close`](SlotGates::close) is a fence.
 //!
 //! A receiving thread holds the slot's lock in shared mode during one receive, which never waits. Under the
-//! lock, the thread checks that the slot was not closed since the write was admitted. A close takes the lock
-//! in exclusive mode. So the close waits for at most one bounded copy per connection that writes into the
-//! slot, and no copy begins after the close. The connection itself stays open: its thread reads and drops the
-//! bytes that still arrive for the closed slot.
+//! lock, the thread checks that the slot was not closed since the write was admitted. A call of `close` takes
+//! the lock in exclusive mode. So the call waits for at most one bounded copy per connection that writes into
+//! the slot, and no copy begins after the call. The connection itself stays open: its thread reads and drops
+//! the bytes that still arrive for the closed slot.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
