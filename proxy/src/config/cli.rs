@@ -212,8 +212,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads the arguments and the environment of this process. Also returns a note for each variable that is
-    /// ignored. Kubernetes describes each service of a namespace by variables like
+    /// Reads the arguments and the environment of this process. Returns the configuration, and a note for
+    /// each variable that is ignored. Kubernetes describes each service of a namespace by variables like
     /// `SERVICE_PORT=tcp://10.0.0.1:7500`, and with some service names such a variable looks like the
     /// variable of a flag.
     ///

@@ -139,8 +139,8 @@ pub(crate) trait Handoff: fmt::Debug + Sync {
         false
     }
 
-    /// Returns true if the KV is sent while the prefill engine computes. If it is, the prefill timeout does
-    /// not end a leg that has begun.
+    /// Returns true if the KV is sent while the prefill engine computes. The prefill timeout does not end
+    /// such a leg after its engine has begun.
     fn sends_early(&self) -> bool {
         false
     }

@@ -128,8 +128,8 @@ impl BaseUrl {
         rest.split('/').next().unwrap_or_default()
     }
 
-    /// Returns the host. An IPv6 address is returned without its brackets. If it has a zone, the zone is
-    /// included.
+    /// Returns the host. An IPv6 address is returned without its brackets, but with its zone if it has a
+    /// zone.
     pub fn host(&self) -> &str {
         let authority = self.authority();
         match authority

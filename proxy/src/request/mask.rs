@@ -93,8 +93,8 @@ fn plain(text: Bytes, cached: Option<u64>) -> Bytes {
     let cached = cached.map_or_else(|| "null".to_owned(), |cached| cached.to_string());
     let mut out = Vec::new();
     let mut done = 0;
-    // Search for a field again only when the loop has passed the position at which the field was last found.
-    // Without this rule, the search of an event with many such fields would take quadratic time.
+    // Search for a field again only when the loop has passed the position at which the field was last found,
+    // so that an event with many of these fields does not take quadratic time.
     let mut tokens = cached_tokens(&text, 0);
     let mut params = value(&text, PARAMS, 0);
     loop {

@@ -10,8 +10,8 @@ fn run(flags: &[&str]) -> Output {
     Command::new(BINARY).args(flags).output().unwrap()
 }
 
-/// Starts the binary on free ports and waits for its first log line. Then closes the log's pipe, because an
-/// earlier version of the proxy ended when its log was closed.
+/// Starts the binary on free ports, waits for its first log line, and closes the log's pipe: an earlier
+/// version of the proxy ended when its log was closed.
 fn start(flags: &[&str]) -> (Child, String) {
     let mut child = Command::new(BINARY)
         .args(["--listen", "127.0.0.1:0", "--registration", "127.0.0.1:0"])

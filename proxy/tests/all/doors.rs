@@ -117,8 +117,8 @@ async fn half_sent_bodies_keep_nobody_out() {
         halves.push(half_body(&address, "{\"prompt\": \"").await);
     }
     rig.until_metric("pd_proxy_uploads", 4.0).await;
-    // A body that began a moment ago keeps its place. If it then sends nothing for a moment, it loses its
-    // place to the new body.
+    // A body that began a moment ago keeps its place. A body that then sends nothing for a moment loses
+    // its place to the new body.
     let served = async {
         while rig.client.post(COMPLETIONS, &prompt()).await.status != 200 {
             tokio::time::sleep(Duration::from_millis(5)).await;

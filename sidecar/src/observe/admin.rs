@@ -1,8 +1,8 @@
 //! The admin server: health, readiness, metrics, the proxy's call-back, the last requests.
 //!
 //! The server is for the operator and the operator's programs, and listens on a loopback port unless
-//! configured otherwise. Nevertheless the server limits the number of connections, the size of heads and
-//! bodies, and the time of each request.
+//! configured otherwise. The server also limits the number of connections, the size of heads and bodies, and
+//! the time of each request.
 
 mod pages;
 
@@ -134,8 +134,8 @@ impl Admin {
             let Some(stream) = stream else {
                 break;
             };
-            // At the limit, the oldest connection is closed. Without this rule, a client that opens
-            // connections and stays silent could lock out other clients.
+            // At the limit, the oldest connection is closed, so that a client that opens connections and
+            // stays silent cannot lock out other clients.
             if open.len() >= MAX_CONNECTIONS
                 && let Some((_, oldest)) = open.pop_front()
             {

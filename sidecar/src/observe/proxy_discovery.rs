@@ -139,6 +139,6 @@ impl Search {
     }
 }
 
-/// Time between two queries of the metadata server until a proxy is found for the first time. After that,
+/// Time between two queries of the metadata server until a proxy is found for the first time; after that,
 /// the sidecar asks less often.
 const UNKNOWN: Duration = Duration::from_secs(1);

@@ -104,9 +104,9 @@ impl<O: Outlet> Registration<O> {
         (voice, task)
     }
 
-    /// Registers at once, at every period, and when readiness changes, until `drain` is cancelled. Then sends
-    /// `Leave`, and continues to send the messages of the ranks until `stop` is cancelled or the last queue
-    /// handle is dropped.
+    /// Registers at once, at every period, and when readiness changes, until `drain` is cancelled. When
+    /// `drain` is cancelled, sends `Leave`, and continues to send the messages of the ranks until `stop` is
+    /// cancelled or the last queue handle is dropped.
     pub(crate) async fn run(mut self, drain: CancellationToken, stop: CancellationToken) {
         let Some(proxy) = self.config.proxy.as_ref().filter(|p| !p.period.is_zero()) else {
             return; // no proxy to register with

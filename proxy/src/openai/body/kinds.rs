@@ -1,9 +1,9 @@
 //! The fields of OpenAI's and vLLM's requests, sorted by the part of a request that they concern.
 //!
 //! A prefill leg keeps the fields that decide the prompt and leaves out the fields that concern the
-//! generation. The leg also keeps unknown fields. If it left out an unknown field that decides the prompt,
-//! the decode engine would get the KV of another prompt. If it keeps an unknown field that concerns the
-//! generation, the engine refuses at most one leg (`Fallback::PrefillRefused`).
+//! generation. The leg also keeps unknown fields. If the leg left out an unknown field that decides the
+//! prompt, the decode engine would get the KV of another prompt. If the leg keeps an unknown field that
+//! concerns the generation, the engine refuses at most one leg (`Fallback::PrefillRefused`).
 //! `tests/processes/test_fields.py` compares the table with vLLM's own models.
 
 /// The part of a request that a field concerns.

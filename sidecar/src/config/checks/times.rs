@@ -64,8 +64,8 @@ pub(super) fn times(layers: &mut Layers, lmcache: &Lmcache, sidecar: &Sidecar) -
         fence: value(&sidecar.fence_ms)?.0,
         drain,
     };
-    // The combinations below are no mistakes: the sidecar works with them. But it ends requests that
-    // could still succeed, so each combination gets a warning.
+    // The sidecar works with the combinations below, but it ends requests that could still succeed. So
+    // each combination gets a warning, and is not a mistake.
     let lease = times.heartbeat * 3;
     if lease > times.max_lease {
         layers.warnings.push(format!(

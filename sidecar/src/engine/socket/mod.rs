@@ -108,8 +108,8 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // If the process has no free file descriptor, the listener stays readable. Without this
-                // pause, the loop would then use a whole core.
+                // If the process has no free file descriptor, the listener stays readable. The pause keeps
+                // the loop from using a whole core.
                 warn!(%error, "cannot accept an engine connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;

@@ -2,8 +2,8 @@
 //!
 //! A browser on this host also connects from a loopback address, so the address does not show whether a web
 //! page sent a request. A page can read only answers to requests that name the page's own host. With DNS
-//! rebinding, the name of the page's host resolves to this host. But the `Host` header still has that name,
-//! so the server refuses the request.
+//! rebinding, the name of the page's host resolves to this host. But the `Host` header still has the name
+//! of the page's host, so the server refuses the request.
 
 use std::net::SocketAddr;
 

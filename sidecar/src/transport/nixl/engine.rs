@@ -285,9 +285,9 @@ impl Engine {
         for peer in self.peers.values_mut() {
             peer.abandon("the transport has stopped", &mut self.stuck);
         }
-        // The queued commands are dropped with their reply channels. So the callers learn that the thread
-        // has ended. Transfers that still run keep the buffer registered and mapped until the process ends;
-        // see `nixl::Transfer`.
+        // The queued commands are dropped with their reply channels, so that the callers learn that the
+        // thread has ended. Transfers that still run keep the buffer registered and mapped until the
+        // process ends; see `nixl::Transfer`.
         if !self.stuck.is_empty() {
             tracing::warn!(
                 writes = self.stuck.len(),

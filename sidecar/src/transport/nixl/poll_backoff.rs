@@ -81,8 +81,8 @@ const NAP: Duration = Duration::from_micros(50);
 /// help.
 const DOZE: Duration = Duration::from_millis(5);
 const SHORT: Duration = Duration::from_micros(200);
-/// If nothing has moved for this time, the sleeps have the longest duration. By then the peer writes without
-/// this side's help (shared memory, RDMA), or has stopped.
+/// If nothing has moved for this time, the sleeps have the longest duration. A peer that is silent for so long
+/// either writes without this side's help (shared memory, RDMA), or has stopped.
 const DROWSE: Duration = Duration::from_millis(50);
 /// The longest sleep. Polls at this interval use about 3 % of a core, and add at most 2 % to the delay of a
 /// late write.
