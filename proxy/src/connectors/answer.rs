@@ -140,7 +140,8 @@ pub(crate) fn read(handoff: &dyn Handoff, body: &[u8]) -> Result<Prefilled, NoHa
             false => Ok(Prefilled::default()),
         };
     };
-    // A refused push is an error for every hand-off, so it is found before the hand-off reads the answer.
+    // A refused push is an error for every hand-off, so the check for a refused push comes before the
+    // hand-off reads the answer.
     if let Some(params) = &answer.params
         && params.pushed == Some(false)
     {

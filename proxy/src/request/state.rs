@@ -158,7 +158,7 @@ impl RequestState {
                 | E::PrefillLost(_),
             ) => (self, Action::Wait),
 
-            // The events below cannot come in the state beside them.
+            // In each state below, the events beside it cannot come.
             (
                 Self::Prefilling,
                 E::PrefillLost(_)

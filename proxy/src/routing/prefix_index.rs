@@ -71,8 +71,8 @@ struct State {
     conversations: Recent<u64, Conversation>,
     /// Moving average of a token's length, in bytes of JSON text.
     bytes_per_token: f64,
-    /// Number of turns so far. Keys contain the number, so that conversations with equal first turns have
-    /// different keys.
+    /// Number of turns so far. Keys depend on the number of turns, so that conversations with equal first
+    /// turns have different keys.
     clock: u64,
 }
 

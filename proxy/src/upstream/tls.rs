@@ -149,7 +149,8 @@ fn flaw(chain: &[CertificateDer<'static>]) -> Option<&'static str> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(chain.iter().cloned());
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider());
-    // Any name will do: the verifier compares the name only after the checks that this function needs.
+    // The name is not important, because the verifier compares it only after the checks that this
+    // function needs.
     let name = ServerName::try_from("localhost").ok()?;
     let error = verifier
         .build()

@@ -57,8 +57,8 @@ impl FromStr for Uuid {
 
 /// A GPU with its primary context retained.
 ///
-/// UCX uses the primary context, too. A context other than the primary context would need as much memory
-/// again.
+/// UCX uses the primary context, too. A second context on the GPU would need as much memory as the primary
+/// context.
 #[derive(Debug)]
 pub(crate) struct Device {
     ordinal: u32,

@@ -53,8 +53,9 @@ impl Link for NixlLink {
 
     /// Sends a write to the engine thread.
     ///
-    /// # Cancel safety If the future is dropped while the engine thread's queue is full, nothing is written.
-    /// If the future is dropped later, the write goes on.
+    /// # Cancel safety
+    /// If the future is dropped while the engine thread's queue is full, nothing is written. If the future is
+    /// dropped later, the write goes on.
     fn write_when(
         &self,
         ready: Ready,

@@ -1,13 +1,14 @@
 //! Sends over one connection: a thread turns jobs into frames and answers into outcomes.
 //!
-//! # The outcome of a failed write [`Outcome::Failed`] has `terminal: true` only if no byte can still arrive:
-//! the job was never begun, or the receiver refused the job because the gate was closed. If a job was begun
-//! and has no answer, its outcome is `terminal: false`, even if the connection was closed. The job's bytes may
-//! be in this kernel's queue, on the network, or in the receiver's queue, and the receiver's thread lets the
-//! bytes land until the gate is closed. After an error this module resets the connection. The reset drops the
-//! bytes in this side's queue, but proves nothing about the receiver's queue. `terminal: false` costs nothing
-//! over this wire: the sender reports the slots as dirty, and the receiver closes them. After the close no
-//! byte can arrive, so the receiver can use the slots again at once.
+//! # The outcome of a failed write
+//! [`Outcome::Failed`] has `terminal: true` only if no byte can still arrive: the job was never begun, or the
+//! receiver refused the job because the gate was closed. If a job was begun and has no answer, its outcome is
+//! `terminal: false`, even if the connection was closed. The job's bytes may be in this kernel's queue, on the
+//! network, or in the receiver's queue, and the receiver's thread lets the bytes land until the gate is
+//! closed. After an error this module resets the connection. The reset drops the bytes in this side's queue,
+//! but proves nothing about the receiver's queue. `terminal: false` costs nothing over this wire: the sender
+//! reports the slots as dirty, and the receiver closes them. After the slots are closed no byte can arrive, so
+//! the receiver can use the slots again at once.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};

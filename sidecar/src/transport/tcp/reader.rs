@@ -259,7 +259,7 @@ impl Reader {
     }
 
     /// If a read has found no bytes, waits for bytes within the stall time and the frame's deadline. The peer
-    /// sends only `left` more bytes, so the call waits for at most this number.
+    /// sends only `left` more bytes, so the call waits for at most this number of bytes.
     fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
