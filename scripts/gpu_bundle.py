@@ -29,7 +29,8 @@ PART_BYTES = 58 << 20
 PYTHON = "3.12"
 GLIBC = range(39, 4, -1)
 
-# A dense model does not use these packages, or they are only for other GPUs. Some are larger than the whole bundle.
+# A dense model does not use these packages, or they are only for other GPUs. Some of these packages are larger than the
+# whole bundle.
 NOT_NEEDED = {
     "flashinfer-cubin", "tilelang", "z3-solver", "tokenspeed-mla", "tokenspeed-triton", "cuda-tile", "cuda-python",
     "humming-kernels",
@@ -170,7 +171,7 @@ def pack_ours(options: argparse.Namespace, folder: Path) -> None:
 
 
 def unpacked(folder: Path, requirements: list[str]) -> Path:
-    """Downloads and unpacks wheels. Returns their folder, for PYTHONPATH."""
+    """Downloads and unpacks wheels. Returns the folder of the unpacked wheels, for PYTHONPATH."""
     wheels, site = folder / "wheels", folder / "site"
     names = folder / "names.txt"
     names.write_text("\n".join(requirements) + "\n")

@@ -7,8 +7,8 @@ The script checks two rules for each tree of source files:
 
 - No two files import each other, directly or through other files.
 
-The script may be run from any folder. It prints each finding as `file: text`. The exit code is 1 if there is a finding.
-`--graph TREE` prints the imports. Test code is not checked, because a test may import anything.
+The script may be run from any folder. The script prints each finding as `file: text`. The exit code is 1 if there is a
+finding. `--graph TREE` prints the imports. Test code is not checked, because a test may import anything.
 """
 
 from __future__ import annotations
@@ -146,8 +146,7 @@ def _rust_modules(root: Path) -> dict[Module, Path]:
 
 def _rust_imports(root: Path, file: Path, modules: dict[Module, Path]) -> Iterator[Path]:
     here = next(module for module, path in modules.items() if path == file)
-    # A module may be split into several files, which count as one. So an import from a module above this file is
-    # allowed.
+    # A module may be split into several files, which count as one file. So a file may import from the modules above it.
     whole = {modules.get(here[:length]) for length in range(len(here))}
     for path in _rust_paths(_without_tests((root / file).read_text(encoding="utf-8"))):
         module = _absolute(path, here, modules)
@@ -181,7 +180,7 @@ def _without_tests(text: str) -> str:
 
 
 def _rust_paths(text: str) -> Iterator[Module]:
-    """Yields every path in the text. The paths in the braces of a `use` are separate."""
+    """Yields every path in the text. Each path in the braces of a `use` is yielded on its own, in full."""
     for statement in re.finditer(r"\buse\s+([^;]+);", text):
         yield from _use_tree((), _tokens(statement[1]))
     for path in re.finditer(r"\b(?:crate|super|self|[a-z_]\w*)(?:::\w+)+", re.sub(r"\buse\s+[^;]+;", "", text)):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks the tree for faults that no linter reports: long files, paths of one machine, leftovers, unclear docs.
 
-The script may be run from any folder. It prints each finding as `file:line: text`. The exit code is 1 if there is a
-finding, otherwise 0.
+The script may be run from any folder. The script prints each finding as `file:line: text`. The exit code is 1 if there
+is a finding, otherwise 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_TEST_LINES = 1000
 # Files written by a tool, and the licence.
 LONG_BY_NATURE = ("Cargo.lock", "LICENSE", "nixl-sys/src/bindings.rs")
 
-# A path of the author's machine in a file is wrong on every other machine.
+# A path of the author's machine is wrong on all other machines.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}{/-])/(?:home|root|work|Users|mnt|opt)/[\w.]")
 LEFTOVER = re.compile(r"\b(?:FIXME|XXX|HACK)\b|\bdbg!\(|^<{7} |^>{7} ")
 
@@ -37,7 +37,8 @@ PLAIN_FOLDERS = (
 RUST_DOC = re.compile(r"\s*//[/!]( |$)")
 
 # A transport needs only its folder, its `mod` line, and its name in the table and in the protocol's list, so that a new
-# transport changes few files. Other code must use the table. The files below use the same word with another meaning.
+# transport changes few files. Other code must use the table. The files in `OTHER_MEANINGS` use a transport's name with
+# another meaning.
 TRANSPORTS = Path("sidecar/src/transport")
 TRANSPORT_USERS = ("sidecar/src/", "proxy/src/", "protocol/src/")
 TRANSPORT_LISTS = ("sidecar/src/transport/table.rs", "protocol/src/record.rs")
@@ -95,7 +96,7 @@ def unclear_openings(text: str, suffix: str) -> list[tuple[int, str]]:
 def check_of_openings_works() -> bool:
     """Returns true if the check of the openings finds exactly the unclear openings in two samples.
 
-    Without this test a mistake in the check would look like a tree without findings.
+    If this test did not exist, a mistake in the check would look like a tree without findings.
     """
     rust = "//! Of a peer.\n\n/// Returns a name.\n/// What follows.\nfn f() {}\n    /// How many.\n// Who reads?\n"
     python = '"""Where it is."""\nPORT = 1\n"""Whose port."""\ndef f():\n    """Returns 1.\n\n    Who asks.\n    """\n'

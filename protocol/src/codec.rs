@@ -1,10 +1,10 @@
 //! Encodes and decodes msgpack as msgspec does.
 //!
 //! A message is one map; its key `type` names the message. The decoder first walks a peer's bytes
-//! without allocation ([`scan`]) and refuses messages that exceed a limit. After that it decodes
-//! the message. The decoder's reader accepts each field in exactly the form that msgspec accepts:
-//! text as str, bytes as bin, numbers as integers of any width, structs as maps. The decoder skips
-//! unknown keys and accepts keys in any order, so a peer with a newer version can add fields.
+//! without allocation ([`scan`]) and refuses messages that exceed a limit. Then the decoder reads
+//! the message. It accepts each field in exactly the form that msgspec accepts: text as str, bytes
+//! as bin, numbers as integers of any width, structs as maps. The decoder skips unknown keys and
+//! accepts keys in any order, so a peer with a newer version can add fields.
 
 use serde::{Deserialize, Serialize};
 
@@ -92,7 +92,7 @@ macro_rules! messages {
             }
         }
 
-        // If a variant is missing above, the compiler reports it here.
+        // If the macro's list lacks a variant, the compiler reports this `match`.
         const _: fn(&$set) = |message| match message {
             $($set::$name(_) => {})*
         };

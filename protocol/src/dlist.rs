@@ -1,5 +1,5 @@
-//! LMCache's pickled NIXL descriptor lists. This module builds and parses them as fixed byte
-//! patterns. It never unpickles them.
+//! LMCache's pickled NIXL descriptor lists. This module builds and parses such lists as fixed byte
+//! patterns. It never unpickles a list.
 //!
 //! LMCache sends `pickle.dumps(nixlXferDList)`. The pickle of a descriptor list always consists of
 //! the same few opcodes around a string in NIXL's own serialisation. This module writes exactly
@@ -21,7 +21,8 @@ pub struct Row {
     pub address: u64,
     /// Size in bytes.
     pub bytes: u64,
-    /// NIXL device id. LMCache writes its tensor-parallel rank here, even for host memory.
+    /// NIXL device id. LMCache writes its tensor-parallel rank into this field, even for host
+    /// memory.
     pub device: u64,
 }
 

@@ -95,7 +95,7 @@ fn some<'a>(text: &'a str, part: &'static str) -> Result<&'a str, KeyError> {
 }
 
 fn number(text: &str, part: &'static str) -> Result<u32, KeyError> {
-    // `parse` alone would also accept a sign before the digits.
+    // `parse` alone also accepts a sign before the digits.
     if !text.bytes().all(|b| b.is_ascii_digit()) {
         return Err(KeyError::Part(part));
     }

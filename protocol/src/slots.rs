@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use crate::SlotIndex;
 
-/// Set of free slots. All other slots are listed in the lease or the quarantine that owns them.
+/// Set of free slots. Each slot that is not free is listed in the lease or the quarantine that owns
+/// the slot.
 #[derive(Debug)]
 pub(crate) struct Slots {
     free: BTreeSet<u32>,

@@ -60,8 +60,8 @@ SETTLE_S = 0.5
 def default_socket(role: str) -> str:
     """Returns the default socket of a sidecar with this role (`sender`, `receiver` or `both`).
 
-    `PD_SIDECAR_SOCKET` has precedence. Otherwise the path follows from `XDG_RUNTIME_DIR` or the user's id, by the same
-    rule as in the sidecar.
+    `PD_SIDECAR_SOCKET` has precedence. If this variable is not set, the path follows from `XDG_RUNTIME_DIR` or the
+    user's id, by the sidecar's own rule.
     """
     explicit = os.environ.get(SOCKET_VARIABLE)
     if explicit:
@@ -127,7 +127,7 @@ class Client:
 
     @property
     def connected(self) -> bool:
-        """True if messages can be sent. The answer can be out of date until the next `poll`."""
+        """True if messages can be sent. The value can be out of date until the next `poll`."""
         return self._connection is not None
 
     @property
@@ -183,8 +183,8 @@ class Client:
     ) -> None:
         """Prefill: tells the sidecar that these chunks are in their slots, now or as soon as the event has fired.
 
-        Each entry of `layers` stands for a range of layers. It has the first layer after the range, and the event that
-        fires when the range is complete. The last range ends with the last layer.
+        Each entry of `layers` stands for a range of layers. An entry has the first layer after its range, and the event
+        that fires when the range is complete. The last range ends with the last layer.
         """
         ranges = [LayersStaged(below, event) for below, event in layers]
         self.send(Staged(req, chunks, gather_us, event, ranges))
@@ -258,12 +258,12 @@ class Client:
         return self.poll()
 
     def settle(self) -> None:
-        """Waits until the current attempt to connect has ended, for at most `SETTLE_S`. If this time was too
-        short, later calls do not wait again for the same attempt.
+        """Waits until the current attempt to connect has ended, for at most `SETTLE_S`. If an attempt takes longer than
+        `SETTLE_S`, later calls do not wait for this attempt again.
 
         A sidecar is ready as soon as it has answered the greeting, and the proxy sends requests from then on. The
-        thread that connects may receive the answer a moment later. Without this wait, requests that arrive in between
-        would be computed without a transfer.
+        thread that connects may receive this answer a moment after the first request. If the engine did not wait for
+        the answer, it would compute the request without a transfer.
         """
         attempt = self._reconnector.attempts
         if self.connected or attempt == self._waited_for:

@@ -309,7 +309,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         more = shlex.split(options.sidecar_arguments)
         extra = self._config.kv_transfer_config.kv_connector_extra_config
         command = [find_binary(), "--role", role, "--socket", socket, *more]
-        # The sidecar compares this number with its configured ports, and reports a difference together with a cure.
+        # The sidecar compares the number of ranks with its configured ports, and reports a difference together with a
+        # cure.
         ours = {"PD_SIDECAR_RANKS": str(self._partition.ranks), "PD_SIDECAR_SPAWNED": "1"}
         variables = {**lmcache.variables(extra), **ours}
         return Child(command, logger, variables)
@@ -357,7 +358,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
             raise LayoutError(f"the connector does not move KV caches of kind {type(spec).__name__}")
         if (slots := getattr(spec, "num_head_slots", None)) is not None:
-            # The tensor's shape does not show this case: pages with this number of heads would have the same shape.
+            # The tensor's shape does not show whether a place is a head: pages with as many heads as places have the
+            # same shape.
             raise LayoutError(f"pages of {spec.num_kv_heads} KV heads have {slots} places instead of one per head")
         return Hint(
             num_blocks=self._num_blocks,

@@ -1,4 +1,4 @@
-"""Tests engines that move no KV: their sidecars learn the reason, and no request waits for a transfer."""
+"""Checks that the sidecar of an engine that moves no KV learns the reason, and that no request waits for a transfer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checks that metrics, labels, reasons, log lines and paths in the pages for users exist.
 
-Tests of the programs compare the tables of docs/reference/metrics.md and docs/proxy with the exported metrics. The
-tests here compare the other pages with these tables.
+The Rust tests compare the tables of docs/reference/metrics.md and docs/proxy with the exported metrics. The tests in
+this file compare the other pages with these tables.
 """
 
 from __future__ import annotations

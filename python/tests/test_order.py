@@ -1,5 +1,5 @@
-"""Tests moves that are still in flight after their launch. They run on a fake device that ends a move when the test
-says so.
+"""Checks the order of moves that are still in flight after their launch. The moves run on a fake device that ends a
+move when the test says so.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def layered(rig, monkeypatch):
 
 def launch(rig, names, *granted):
     """Runs a forward. Each entry of `granted` names the layer after which the sidecar grants slots to these chunks. If
-    the name is empty, the sidecar grants them directly after the announcement.
+    the name is empty, the sidecar grants the slots directly after the announcement.
     """
     start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
     steps = [PushStep("a", TABLE, True, TOKENS)]

@@ -1,4 +1,4 @@
-"""Tests number formats of KV in tensors of bytes. The dtype of the tensor is the same in all these formats."""
+"""Tests the number formats of KV in byte tensors. The tensor's dtype is the same for all these formats."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_a_push_that_never_ran_leaves_nothing(rig):
 
 @pytest.mark.parametrize(("held", "loaded"), [(0, 32), (16, 16), (32, 0)])
 def test_the_first_token_is_not_loaded(rig, held, loaded):
-    """Loads 32 of 33 tokens. The prefill side has sampled the last token, so its KV is computed here."""
+    """Loads 32 of 33 tokens. The prefill side has sampled the last token, so the decode side computes its KV."""
     req = request("a", load_params(tokens=32), tokens=33)
     assert rig.scheduler.matched_tokens(req, held) == (loaded, loaded > 0)
     if loaded:

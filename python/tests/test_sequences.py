@@ -77,7 +77,8 @@ def test_blocks_that_are_no_longer_the_first_ones_are_not_copied(rig):
     first.num_preemptions += 1
     rig.step()
     assert rig.scheduler.matched_tokens(second, 0) == (None, False)
-    # vLLM has resumed the first request in this step. The connector learns its new blocks only at the step's end.
+    # vLLM has resumed the first request in this step. The connector learns the request's new blocks only at the step's
+    # end.
     first.status = SimpleNamespace(name="RUNNING")
     assert rig.scheduler.matched_tokens(second, 0) == (None, False)
     run(rig, first, [7, 8, 9])

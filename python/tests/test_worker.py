@@ -328,8 +328,8 @@ def test_a_load_that_ends_early_is_reported_as_failed(rig):
     rig.receiver.say(wire.Ended("r", "no_sender", 0))
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["a"], ["a"])
-    assert rig.invalid_blocks == {27, 1, 5}  # The prefix's block is not here: other requests share it.
-    assert rig.receiver.next() == wire.Abort("r")  # This releases the chunks that the sidecar had announced.
+    assert rig.invalid_blocks == {27, 1, 5}  # the prefix's block is not invalid: other requests share it
+    assert rig.receiver.next() == wire.Abort("r")  # the abort releases the chunks that the sidecar had announced
     assert rig.stats.data["load_failures"] == {"no_sender": 1}
 
 
@@ -420,7 +420,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     began = time.monotonic()
     assert rig.step(forward=False)[1].received == set()
     assert worker.idle_report == IdleReport(rests=True)
-    assert time.monotonic() - began < 4  # `finish` does not wait, because `news` waits
+    assert time.monotonic() - began < 4  # `finish` does not wait: a scheduler that calls `news` waits there
     _, ready = land(rig)
     rig.receiver.say(ready)
     deadline = began + 5

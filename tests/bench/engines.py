@@ -2,7 +2,7 @@
 
 Each request has a prompt of 1500 tokens and an answer of 24 tokens. All four engines run at the same time. Each of
 vLLM's NIXL workers uses a whole core even when it is idle. So the benchmark stops one pair (SIGSTOP) while it measures
-the other.
+the other pair.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures pd-proxy against vllm-router and sglang-router, in front of engines that answer at once.
 
 The router has the first core for itself; the engines and the load generator share the second core. So the benchmark
-compares the work of the routers alone. vllm-router and pd-proxy get the same NIXL-style requests. sglang-router only
+compares only the work of the routers. vllm-router and pd-proxy get the same NIXL-style requests. sglang-router only
 routes, and has no mode for such requests. So the comparison with sglang-router has no prefill instances.
 """
 

@@ -20,8 +20,8 @@ from harness.progress import Progress
 from harness.reference import Reference
 from harness.sidecar import ROOT
 
-# The default is 50 ms. A busy machine may need longer to park a decode request. Without the parked request the sender
-# does not know which KV the decode side holds, and pushes all of it.
+# The default of `park_ms` is 50 ms. A busy machine may need longer to park a decode request. Without a parked request
+# the sender does not know which KV the decode side holds, and pushes the KV of the whole prompt.
 KEYS: dict[str, object] = {"park_ms": 3000}
 
 

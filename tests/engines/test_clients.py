@@ -1,4 +1,4 @@
-"""Tests clients that people use, through the proxy: the `openai` package and vLLM's own benchmark."""
+"""Tests the proxy with two clients that people use: the `openai` package and vLLM's own benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MODEL_NAME = "m"
 
 GREEDY = {"ignore_eos": True}
 
-# The program behind `vllm bench serve`. Its console script needs an installed distribution with the name `vllm`.
+# The program behind `vllm bench serve`. The console script of `vllm bench serve` needs an installed distribution with
+# the name `vllm`.
 BENCH = """
 import argparse
 from vllm.benchmarks import serve

@@ -1,4 +1,4 @@
-"""Tests `kill -9` of each part in the middle of a stream of requests."""
+"""Kills each part with `kill -9` while several clients send requests."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_kill_proxy(pair: Pair, reference: Reference) -> None:
         with pytest.raises((HttpError, OSError, HTTPException)):
             list(stream)
     pair.wait_engines_idle()
-    # A complete answer would take longer, so this shows that the engine has dropped the request.
+    # A complete answer takes longer, so a short time shows that the engine has dropped the request.
     assert time.monotonic() - began < 5.0
     pair.proxy.start()
     returned = time.monotonic()

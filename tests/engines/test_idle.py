@@ -18,7 +18,7 @@ MOST_CORES = 0.05
 def test_idle_sidecars(pair: Pair, reference: Reference, transport: str) -> None:
     pair.restart_sidecars(transport=transport)
     tokens = prompt(300, seed=61)
-    # Move one request first, so that there is a link: a NIXL endpoint that polls would poll from then on.
+    # Move one request first, so that there is a link: a faulty NIXL endpoint would poll from this moment on.
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
     pair.wait_empty()
     processes = {part.name: part.process for part in (pair.sender, pair.receiver)}

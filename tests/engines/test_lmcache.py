@@ -28,7 +28,7 @@ _requests = itertools.count(1)
 def test_kv_of_an_engine_goes_through_lmcache(
     pair: Pair, reference: Reference, tmp_path: Path, mode: str, length: int
 ) -> None:
-    # LMCache's agents connect over UCX's TCP. A sidecar opens this port only with this option.
+    # LMCache's agents connect over UCX's TCP. A sidecar accepts UCX's TCP only with this option.
     pair.restart_sidecars(keys={**pair.options.sidecar_keys, "nixl_over_tcp": "trusted"})
     layout = Layout(str(pair.options.model), "float", LAYERS, KV_HEADS, HEAD_SIZE, False, CHUNK_TOKENS)
     tokens = prompt(length, seed=length + len(mode))
@@ -75,8 +75,8 @@ def test_kv_of_an_engine_goes_through_lmcache(
 
 
 def test_another_prompt_does_not_hit(pair: Pair, reference: Reference) -> None:
-    """Checks that the engine computes a prompt for which no sender pushed KV. So equal texts above come from a
-    transfer.
+    """Checks that the engine computes a prompt for which no sender pushed KV. So the equal texts in the test above come
+    from a transfer.
     """
     tokens = prompt(300, seed=77)
     before = pair.decode.prompt_tokens()

@@ -1,4 +1,4 @@
-"""Tests that the checks of this suite fail if no KV is moved. Equal texts alone would not show this."""
+"""Tests that the checks of this suite fail if no KV is moved. Equal texts alone do not show that KV was moved."""
 
 from __future__ import annotations
 

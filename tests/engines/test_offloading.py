@@ -173,7 +173,7 @@ def test_the_spawned_sidecar_is_watched_and_ends_with_its_engine(pair: Pair, bot
     environ = Path(f"/proc/{first}/environ").read_bytes().split(b"\0")
     assert f"UCX_TLS={UCX_TLS}".encode() in environ
 
-    # The engine replaces a killed sidecar, and then uses the new one.
+    # The engine replaces a killed sidecar, and then uses the new sidecar.
     os.kill(first, signal.SIGKILL)
     wait_for_other(both.engine, [first])
     both.receiver.wait_ready()

@@ -47,9 +47,9 @@ def started(logs: Path) -> Iterator[Pair]:
         yield pair
 
 
-# Numbers of workers of prefill and decode. The sizes are in such an order that only one engine restarts between two
-# sizes. Workers of vLLM's CPU build use a whole core while they wait for each other. If they use all cores, sidecars do
-# not run for seconds.
+# Numbers of workers of prefill and decode. The order of the sizes is such that only one engine restarts between two
+# entries. Workers of vLLM's CPU build use a whole core while they wait for each other. If they use all cores, sidecars
+# do not run for seconds.
 CORES = os.cpu_count() or 1
 SIZES = [
     pytest.param(size, id=name, marks=pytest.mark.skipif(cores > CORES, reason=f"needs {cores} cores"))

@@ -1,4 +1,4 @@
-"""Tests requests of all kinds: clients that leave, several choices, chats, and requests without a transfer."""
+"""Tests the kinds of requests: clients that leave, several choices, chats, and requests without a transfer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def token_ids(answer: dict[str, Any]) -> list[list[int]]:
 
 
 # Prefill of a prompt of 1500 tokens takes 300 to 400 ms on this machine, and the transfer and the first token take
-# about 50 ms more. The answer takes seconds. So each phase of a request contains some of these times.
+# about 50 ms more. The answer takes seconds. So some of the times in `after_ms` are in each phase of a request.
 @pytest.mark.parametrize("after_ms", [0, 5, 20, 50, 100, 200, 300, 350, 400, 450, 500, 700])
 def test_client_leaves_after(pair: Pair, after_ms: int) -> None:
     tokens = prompt(1500, seed=500 + after_ms)
@@ -68,7 +68,7 @@ def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> No
     ],
 )
 def test_computed_by_the_decode_engine(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
-    """Tests requests for which the proxy sends no prefill leg. The proxy counts them by reason."""
+    """Sends requests for which the proxy sends no prefill leg. The proxy counts them by reason."""
     request = body(prompt(400, seed=53), **more)
     before = pair.proxy.metrics().by("pd_proxy_alone", "reason")
     received = pair.receiver.metrics().sum("pd_sidecar_requests")
@@ -96,7 +96,7 @@ def assert_same_logprobs(mine: list[Any] | None, theirs: list[Any] | None) -> No
     [("prompt_logprobs", {"prompt_logprobs": 1})],
 )
 def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: str, more: dict[str, Any]) -> None:
-    """Tests requests that a proxy may send by mistake: their KV differs from the KV of equal tokens, or must not be
+    """Sends requests that a proxy may send by mistake: their KV differs from the KV of equal tokens, or must not be
     shared.
     """
     tokens = prompt(600, seed=56)
@@ -210,8 +210,8 @@ def test_client_of_several_sequences_leaves(pair: Pair, reference: Reference, ev
 
 
 def test_salted_requests_are_moved_and_share_nothing(pair: Pair, reference: Reference) -> None:
-    """Sends a prompt without a salt and with two salts. The KV of each request is moved in full, and is reused only
-    under the same salt.
+    """Sends the same prompt three times: without a salt, and with each of two salts. The KV of each request is moved in
+    full, and is reused only under the same salt.
     """
     tokens = prompt(600, seed=61)
     expect = reference.token_ids(tokens)

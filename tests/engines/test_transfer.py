@@ -1,4 +1,5 @@
-"""Tests prompts of many lengths over each transport: one by one, together, and with a part in the decode side's cache.
+"""Moves the KV of prompts of many lengths over each transport: one by one, together, and with a part in the decode
+side's cache.
 
 The prefill engine has blocks of 32 tokens and computes 256 tokens per step; the decode engine has blocks of 64 tokens.
 So the boundaries differ on the two sides.

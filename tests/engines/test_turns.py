@@ -1,4 +1,6 @@
-"""Tests conversations of several turns: the bytes that each mode moves, and the time of a turn."""
+"""Runs conversations of several turns: checks the bytes that each mode moves, and writes the time of each turn to a
+file.
+"""
 
 from __future__ import annotations
 

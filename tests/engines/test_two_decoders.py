@@ -80,7 +80,7 @@ def test_both_decode_and_the_core_of_one_dies(pair: Pair, reference: Reference, 
     engine, _ = second
     assert engine.prompt_tokens().external > 0, "the second one computed what was pushed to it"
 
-    # Request one token, so that no answer breaks off in the middle: an answer that has begun is complete.
+    # Ask for one token, so that no answer breaks off in the middle: an answer that has begun is complete.
     with Traffic(pair, clients=3, seed=42, bound_s=BOUND_S, max_tokens=1) as traffic:
         traffic.wait_for(SOME)
         wait_for_request(engine)

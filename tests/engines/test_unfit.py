@@ -1,4 +1,4 @@
-"""Tests KV that cannot be moved: the proxy sends no prefill leg, and the parts report the reason."""
+"""Checks that for KV that cannot be moved the proxy sends no prefill leg, and that the parts report the reason."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
     said = [line for line in _log(gemmas) if "moves no KV: the decode instance computes each prompt itself" in line]
     assert len(said) == 2, said
 
-    # Another proxy may send a prefill leg anyway. Even the answer to its first prefill leg says that no KV is pushed.
+    # A proxy of another project may send a prefill leg anyway. Even the answer to the first prefill leg says that no KV
+    # is pushed.
     spec = {"req_id": "r", "receiver_host": "127.0.0.1", "receiver_init_port": [1], "receiver_alloc_port": [1]}
     params = {"do_remote_decode": True, "disagg_spec": spec}
     body = {"prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}
@@ -77,8 +78,8 @@ def deeper(pair: Pair) -> Iterator[Engine]:
     # Give the model the same name, so that only the number of layers differs.
     transfer["kv_connector_extra_config"]["model_name"] = str(pair.options.model)
     engine.options = replace(engine.options, model=model)
-    # The session's decode engine keeps running. The proxy does not know this engine while the engine's sidecar is
-    # stopped.
+    # The session's decode engine keeps running. The proxy does not know the session's decode engine while the engine's
+    # sidecar is stopped.
     pair.receiver.stop()
     try:
         sidecar.start()

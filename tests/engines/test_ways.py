@@ -49,8 +49,8 @@ def test_the_decode_leg_at_other_times(pair: Pair, reference: Reference, at: str
 
 
 def test_the_first_token_from_the_prefill_engine(pair: Pair, reference: Reference) -> None:
-    """The text does not depend on the side that gives the first token. If this token is half a character, the decode
-    engine gives it.
+    """The text does not depend on the side that gives the first token. If the first token is half a character, the
+    decode engine gives it.
     """
     gave: list[int] = []
     with flags(pair, "--first-token", "prefill"):

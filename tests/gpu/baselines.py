@@ -74,7 +74,7 @@ class Nixl(_TwoEngines):
 
 class LmCache(_TwoEngines):
     """Two engines with LMCache's PD over NIXL. The prefill leg gives the first token, and the decode leg gives the
-    others.
+    other tokens.
     """
 
     name = "lmcache"

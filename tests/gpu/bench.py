@@ -85,7 +85,9 @@ class Bench:
         self.stacks: list[Stack] = [STACKS[name](setting) for name in options.stacks]
         self.prompts = measure.Prompts(options.seed, options.vocabulary)
         self.hung: set[str] = set()
-        """Stacks that no longer answer. The next loads leave them out, because each request would time out."""
+        """Stacks that no longer answer. The next loads leave these stacks out, because each of their requests would
+        time out.
+        """
 
     def start(self) -> None:
         """Starts all engines at the same time. Leaves out a baseline that does not start, and reports it."""
@@ -228,7 +230,7 @@ class Bench:
         seed, seconds, say = self.options.seed, self.options.seconds, self.progress.say
 
         def prompts() -> measure.Prompts:
-            # Use prompts that no engine has seen before. Otherwise a prefix cache could answer a part of them.
+            # Use prompts that no engine has seen before: a prefix cache holds a part of each earlier prompt.
             return measure.Prompts(seed + 1, self.options.vocabulary)
 
         return await measure.poisson(self._handovers(), rate, alone, seconds, prompts, seed, say)

@@ -26,8 +26,8 @@ OFFLINE = {
     "PYTHONUNBUFFERED": "1",
 }
 
-# The workers of one engine find each other over loopback. Their all-reduce does not use NVLink's multicast, because a
-# virtual machine may lack the rights that multicast needs.
+# The workers of one engine find each other over loopback. The workers' all-reduce does not use NVLink's multicast,
+# because a virtual machine may lack the rights that multicast needs.
 ONE_HOST = {
     "NCCL_SOCKET_IFNAME": "lo",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -41,7 +41,7 @@ ON_CPU = os.environ.get("PD_GPU_TESTS_ON_CPU") == "1"
 """True if the GPU tests run with engines on the CPU, only to check the code of the tests."""
 
 UCX = "cuda_ipc,cuda_copy,tcp"
-"""UCX_TLS of engines and sidecars. It includes tcp, because UCX needs a transport for active messages."""
+"""UCX_TLS of engines and sidecars. The value includes tcp, because UCX needs a transport for active messages."""
 
 WIRES = {"nixl": ("nixl", UCX), "nixl over TCP": ("nixl", "tcp,cuda_copy"), "built-in TCP": ("tcp", UCX)}
 """The wires that `auto` does not use from one GPU of a host to another. Each value is a pair: the sidecars' `transport`
@@ -142,8 +142,8 @@ class GpuEngine(Engine):
             "--model", options.model, "--served-model-name", "m",
             "--host", "127.0.0.1", "--port", str(self.port), "--block-size", str(options.block_size),
             "--max-model-len", str(setting.model_tokens), "--max-num-batched-tokens", str(setting.model_tokens),
-            # Use a fixed size. Otherwise engines that start at the same time would count each other's memory as their
-            # own.
+            # Use a fixed size. If engines that start at the same time measured the free memory, they would count each
+            # other's memory as their own.
             "--kv-cache-memory-bytes", str(setting.kv_bytes), "--gpu-memory-utilization", str(setting.utilization),
             *options.more,
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The stacks that turn prompts into tokens: one plain instance, and this project. baselines.py has the others."""
+"""The stacks that turn prompts into tokens: one plain instance, and this project. baselines.py has the other stacks."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Ours:
             proxy=self.proxy.registration,
             transport=setting.transport,
             device="cpu" if setting.gpus is None else "cuda",
-            # UCX_TLS below names tcp, since LMCache and NixlConnector need it.
+            # `UCX_TLS` below contains tcp, because LMCache and NixlConnector need tcp.
             keys={"nixl_over_tcp": "trusted", **setting.sidecar_keys},
             # Do not set CUDA_VISIBLE_DEVICES: each sidecar must see both GPUs to copy between them.
             env={} if setting.gpus is None else {"UCX_TLS": UCX},
@@ -187,7 +187,7 @@ class FirstOfPrefill:
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
-        """Restarts the proxy with this mode for the duration of the block. The sidecars register with it again."""
+        """Restarts the proxy with this mode for the duration of the block. The sidecars register with the new proxy."""
         with self._ours.proxy.flags("--first-token", "prefill"):
             self._ours.proxy.wait_ready()
             yield

@@ -64,8 +64,8 @@ def test_all_of_the_latent_was_moved_and_is_what_was_computed(stacks: tuple[Ours
     for prompt, answer, of in zip(prompts, answers, expected, strict=True):
         assert isinstance(answer, Handover), answer
         matches.append(of.match(answer.text))
-        # On the CPU, vLLM's own answers depend on the other requests in the batch. Those differences are as large as
-        # the differences in this test, so a wrong text proves nothing.
+        # On the CPU, vLLM's own answers depend on the other requests in the batch. The differences between these
+        # answers are as large as the differences in this test, so a wrong text proves nothing.
         assert matches[-1] != Match.WRONG or ON_CPU, (len(prompt), answer.text, of.text)
     print({match.value: matches.count(match) for match in Match})
     for engine in ours.engines:

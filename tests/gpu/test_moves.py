@@ -1,4 +1,4 @@
-"""Tests moves between pages and slots on a real GPU: layouts, order, speed, memory of another process."""
+"""Tests the moves between pages and slots on a real GPU: layouts, order, speed, memory of another process."""
 
 from __future__ import annotations
 

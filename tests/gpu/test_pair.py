@@ -26,8 +26,8 @@ if not FOUND and not ON_CPU:
 LENGTHS = (1, 15, 255, 256, 257, 700, 1900 if ON_CPU else 2500)
 TOKENS = 12
 CHUNKS = 64
-# The time limit of a request while a sidecar is killed. It covers the sidecars' own limits (5 s without a sender), and
-# the time to compute the prompt again.
+# The time limit of a request while a sidecar is killed. The limit covers the sidecars' own limits (5 s without a
+# sender), and the time to compute the prompt again.
 FAULT_S = 60.0
 FOLDER = ROOT / "target" / "gpu-test"
 

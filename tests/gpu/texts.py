@@ -44,7 +44,9 @@ class Reference:
     """For each position, the log probability of each likely token, by the token's text."""
 
     def match(self, text: str) -> Match:
-        """Compares a text up to its first different word. Later words depend on that word, so they prove nothing."""
+        """Compares a text up to its first different word. Later words depend on the first different word, so they prove
+        nothing.
+        """
         text = "".join(text.split())
         if text == self.text:
             return Match.EQUAL

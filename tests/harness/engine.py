@@ -49,7 +49,7 @@ class EngineOptions:
 
 
 class Engine(Part):
-    """One instance. It keeps its port when its process restarts.
+    """One instance. The instance keeps its port when its process restarts.
 
     `start` returns at once; `wait_for` returns when the instance serves.
     """

@@ -4,7 +4,7 @@
 
 UCX packs host, port and memory address into the metadata that an agent gives to others. The script creates an agent,
 replaces these three values in its metadata by the victim's values, and lets a second agent read from the forged
-address. It prints the state of this read and the bytes that were read, as JSON.
+address. The script prints the state of this read and the bytes that were read, as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness.listening import listening
 
-# A connect over a veth takes less than this time. A read that has not ended by then has failed.
+# A connect over a veth takes less than this time. A read that has not ended within this time has failed.
 BOUND_S = 2.0
 
 

@@ -2,7 +2,7 @@
 
     python hostile.py ATTACK '{"host": HOST, ...}'
 
-It prints the answers that it got, as JSON. Each attack ends after a number of messages, not after a time.
+The script prints the answers that it got, as JSON. Each attack ends after a number of messages, not after a time.
 """
 
 from __future__ import annotations

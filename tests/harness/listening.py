@@ -7,8 +7,8 @@ import socket
 import struct
 from pathlib import Path
 
-# The value of the state column in /proc/net that a listening socket has. TCP has the state TCP_LISTEN. For UDP this is
-# the state of a socket without a peer.
+# The value of the state column in /proc/net that a listening socket has. TCP has the state TCP_LISTEN. For UDP the
+# value is the state of a socket without a peer.
 _LISTENS = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}
 
 # SO_ACCEPTCON in the flags column of /proc/net/unix.
@@ -35,7 +35,7 @@ def _inodes(process: Path) -> set[str]:
     for descriptor in (process / "fd").iterdir():
         try:
             target = str(descriptor.readlink())
-        except FileNotFoundError:  # the process has closed it meanwhile
+        except FileNotFoundError:  # the process has closed the descriptor meanwhile
             continue
         if found := re.fullmatch(r"socket:\[(\d+)\]", target):
             inodes.add(found[1])
@@ -49,7 +49,7 @@ def _lines(table: Path) -> list[list[str]]:
 
 
 def _address(text: str) -> str:
-    """Parses an address. The kernel prints it as words of 32 bits in the host's byte order."""
+    """Parses an address. The kernel prints an address as words of 32 bits in the host's byte order."""
     address, port = text.split(":")
     words = [struct.pack("=I", int(address[at : at + 8], 16)) for at in range(0, len(address), 8)]
     raw = b"".join(words)

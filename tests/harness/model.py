@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
-# Rank and scale of the adapter. They are so large that the adapter changes the model's answers.
+# Rank and scale of the adapter. Both numbers are so large that the adapter changes the model's answers.
 LORA_RANK = 8
 LORA_ALPHA = 64
 
@@ -63,7 +63,7 @@ def write_gemma(folder: Path) -> Path:
     """
     done = folder / "done"
     if not done.exists():
-        # Import it here: only this model needs it, and the import takes seconds.
+        # Import the module in this function: only this model needs the module, and the import takes seconds.
         from transformers import AutoModelForCausalLM
         from transformers.models.gemma4 import Gemma4TextConfig
 

@@ -172,7 +172,7 @@ class Pair:
         for part in parts:
             try:
                 part.stop()
-            except Exception as error:  # noqa: BLE001 - the others have to be stopped too
+            except Exception as error:  # noqa: BLE001 - the other parts have to be stopped too
                 errors.append(error)
         if errors:
             raise errors[0]
@@ -333,7 +333,9 @@ class Pair:
 
 @contextlib.contextmanager
 def pair_of(options: PairOptions, progress: Progress | None = None) -> Iterator[Pair]:
-    """Starts a pair and yields it when it serves. Stops it at the end of the block, except after `leave_running`."""
+    """Starts a pair and yields the pair when it serves. Stops the pair at the end of the block, except after
+    `leave_running`.
+    """
     # The folder is not inside the repository: with a longer name, a unix socket's path could exceed 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     pair = Pair(options, folder)

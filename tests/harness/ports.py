@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-# These ports are below Linux's range for outgoing connections (from 32768). Otherwise an outgoing connection could take
-# a port between the check and the bind of the server.
+# These ports are below Linux's range for outgoing connections (from 32768). If a port were in this range, an outgoing
+# connection could take the port between the check and the server's bind.
 FIRST, LAST = 20_000, 30_000
 
 BLOCK = 250
@@ -37,7 +37,9 @@ def free_port() -> int:
 
 
 def free_ports(offsets: tuple[int, ...]) -> int:
-    """Returns a base port. Its sum with each of `offsets` is a free port. The offsets are below `BLOCK`."""
+    """Returns a base port. For each of `offsets`, the port with the number base port + offset is free. The offsets are
+    below `BLOCK`.
+    """
     while True:
         first = _lock_block()[0]
         if all(is_free(first + offset) for offset in offsets):

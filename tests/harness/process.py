@@ -39,7 +39,7 @@ class Child(Protocol):
 
 
 class Process:
-    """One child process. The constructor starts it and appends its stdout and stderr to `log`."""
+    """One child process. The constructor starts the process and appends its stdout and stderr to `log`."""
 
     def __init__(
         self, name: str, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
@@ -135,7 +135,7 @@ class Process:
 
 
 class Part:
-    """A part of the system. It keeps its name, ports and folder when its process is restarted."""
+    """A part of the system. A part keeps its name, ports and folder when its process is restarted."""
 
     process: Process | None = None
 
@@ -149,7 +149,7 @@ class Part:
         return self.process.pid
 
     def stop(self) -> None:
-        """Stops the process with SIGTERM. Does nothing if it was never started."""
+        """Stops the process with SIGTERM. Does nothing if the process was never started."""
         if self.process is not None:
             self.process.stop()
 

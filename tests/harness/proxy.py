@@ -18,7 +18,7 @@ RECORD_BOUND_S = 5.0
 
 
 class Proxy(Part):
-    """One proxy. It keeps its ports when its process restarts."""
+    """One proxy. The proxy keeps its ports when its process restarts."""
 
     def __init__(self, logs: Path, flags: list[str] | None = None) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"

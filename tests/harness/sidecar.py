@@ -56,7 +56,7 @@ class SidecarOptions:
 
 
 class Sidecar(Part):
-    """One sidecar. It keeps its ports, its socket and its configuration file when its process restarts."""
+    """One sidecar. The sidecar keeps its ports, its socket and its configuration file when its process restarts."""
 
     def __init__(self, options: SidecarOptions, folder: Path, logs: Path, name: str | None = None) -> None:
         self.options = options
@@ -64,8 +64,8 @@ class Sidecar(Part):
         self.host = "127.0.0.1"
         self.init_ports = [free_port() for _ in range(options.ranks)]
         self.alloc_ports = [free_port() for _ in range(options.ranks)]
-        # The data port of rank 0. With several ranks, the next port numbers would have to be free, too. With 0 the
-        # system chooses.
+        # The data port of rank 0. With several ranks the next port numbers must be free, too, so 0 lets the system
+        # choose the ports.
         self.tcp_port = free_port() if options.ranks == 1 else 0
         self.admin = f"http://127.0.0.1:{free_port()}"
         self.socket = folder / f"{self.name}.sock"

@@ -95,7 +95,7 @@ class Traffic:
         except HttpError as refusal:
             error = str(refusal)
         except (OSError, HTTPException) as breach:
-            # The client got neither an answer nor a readable error. This is a fault, whichever process has died.
+            # The client got neither an answer nor a readable error, which is a fault, whichever process has died.
             raise AssertionError(
                 f"a request ended without an answer after {time.monotonic() - began:.1f} s"
             ) from breach

@@ -36,7 +36,7 @@ from pd_sidecar.client import Client
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
-# These addresses are used only here, because the tests of two hosts may run at the same time.
+# Only this file uses these addresses, because the tests of two hosts may run at the same time.
 OUR_END, ITS_END = "10.213.8.1", "10.213.8.2"
 
 SLOTS = 16
@@ -52,7 +52,7 @@ class Field:
     within: list[str]
     folder: Path
     receiver: Sidecar
-    # One sender uses shared memory, the other one uses the receiver's data port.
+    # One sender uses shared memory, and the other sender uses the receiver's data port.
     senders: dict[str, Sidecar]
     decode: Client
     prefill: dict[str, Client]
@@ -219,7 +219,9 @@ def forge(within: list[str], victim: int, port: int, address: int) -> Attacker:
 
 
 def test_forged_nixl_agents_read_a_sidecar_that_consents_to_them(host: list[str], tmp_path: Path) -> None:
-    """Shows that the attack works if a sidecar allows NIXL over TCP. In the next test it fails without this consent."""
+    """Shows that the attack works if a sidecar allows NIXL over TCP. In the next test the same attack fails, because
+    the sidecar does not allow it.
+    """
     consent: dict[str, object] = {"nixl_over_tcp": "trusted"}
     options = SidecarOptions("receiver", SLOTS * LAYOUT.chunk_bytes, keys=consent, flags=["--insecure"])
     receiver = Sidecar(options, tmp_path, tmp_path)
@@ -261,8 +263,8 @@ def test_thousands_of_sums_in_a_message_cost_what_it_weighs(victims: Field) -> N
     began = process.cpu_seconds()
     answers = victims.under(victims.attack("sums", leases=4, messages=200))
     assert answers > 400
-    # Half of the messages name the lease. They contain 1.4 million checksums of chunks of 64 KiB. To compute all of
-    # them, the receiver would read 92 GB, which takes 5 s or more at the speed of memory.
+    # Half of the messages name the lease. These messages contain 1.4 million checksums of chunks of 64 KiB. To compute
+    # all of them, the receiver would read 92 GB, which takes 5 s or more at the speed of memory.
     assert process.cpu_seconds() - began < 5.0
 
 
@@ -314,7 +316,7 @@ def test_cancels_of_what_is_not_ones_own_end_nothing(victims: Field) -> None:
 
 
 class Scripted:
-    """An engine's HTTP server on the victim's end of the veth. It records the requests that it gets."""
+    """An engine's HTTP server on the victim's end of the veth. The server records the requests that it gets."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

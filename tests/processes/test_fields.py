@@ -1,8 +1,8 @@
 """Tests every field of vLLM's request models against the proxy's prefill leg. No engine runs.
 
-A prefill leg asks for one token. It keeps the fields that determine the prompt, and leaves out the fields that concern
-the generation. If a version of vLLM has a new field, the first test fails until the field is added to a list here. If
-the leg must leave the field out, add it to proxy/src/openai/body/kinds.rs, too.
+A prefill leg asks for one token. The leg keeps the fields that determine the prompt, and leaves out the fields that
+concern the generation. If a version of vLLM has a new field, the first test fails until the field is added to a list of
+this file. If the leg must leave a new field out, add the field to proxy/src/openai/body/kinds.rs, too.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def test_a_prefill_leg_is_what_vllm_accepts(path: str, engine_in_name: tuple[Pro
 
 
 def accepted(path: str, body: dict[str, Any]) -> None:
-    """Raises the error for which vLLM would answer 400."""
+    """Raises the error for which vLLM answers 400."""
     request = models()[path].model_validate(json.loads(json.dumps(body)))
     request.to_sampling_params(16, {})
 

@@ -1,4 +1,5 @@
-"""Tests unknown peers, false messages and LMCache at every port and socket of a pair of sidecars. No engine runs.
+"""Connects unknown peers and LMCache to every port and socket of a pair of sidecars, and sends false messages. No
+engine runs.
 
 After each test, a push between the same two processes must still work.
 """
@@ -275,7 +276,8 @@ def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Si
         shown += [slot for message in reader.wait(0.02) if isinstance(message, Ready) for slot in message.slots]
     assert len(shown) == 1
     os.write(reader.connection.fileno(), struct.pack("<I", 4) + b"\xc1" * 4)
-    # When the client reports the loss, it may already have another connection. So do not check `connected` here.
+    # When the client reports the loss of a connection, it may already have a new connection. So this test does not
+    # check `connected`.
     lost: list[Lost] = []
     while not lost and time.monotonic() < deadline:
         lost += [event for event in reader.wait(0.02) if isinstance(event, Lost)]

@@ -30,7 +30,7 @@ pub(super) fn scan(bytes: &[u8]) -> Result<&str, DecodeError> {
     std::str::from_utf8(tag).map_err(|_| DecodeError::Malformed("`type` is not UTF-8"))
 }
 
-/// First part of a value. For a scalar, this is the whole value.
+/// First part of a value. For a scalar, the first part is the whole value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Head<'a> {
     Nil,

@@ -1,10 +1,10 @@
 //! Recently ended requests. If one side of an ended request sends its first message late, the
 //! receiver tells this side at once that the request has ended.
 //!
-//! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So the receiver gives this
-//! answer only to two kinds of messages, which belong to the old request: a repetition of its alloc
-//! request, and the first message of a side that had sent none before the end. This first message
-//! must come within [`LATE`]. Any other message with the id belongs to a new request.
+//! Proxies reuse ids; LMCache's proxy counts from 1 at each start. So only two kinds of messages
+//! belong to the ended request and get the reason of its end: a repetition of its alloc request,
+//! and the first message of a side that had sent no message before the end. A late first message
+//! must come within [`LATE`] after the end. Any other message with the id belongs to a new request.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;

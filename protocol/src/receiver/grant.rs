@@ -252,7 +252,7 @@ impl Receiver {
         Some(lease_id)
     }
 
-    /// Gives free slots to a new lease and answers the sender. The lease gets its other slots
+    /// Gives free slots to a new lease and answers the sender. The lease gets the rest of its slots
     /// later.
     fn answer_windowed(&mut self, id: &RequestId, lease_id: LeaseId) {
         // If other leases already wait for slots, these leases come first, and the new lease gets
@@ -381,7 +381,7 @@ pub(super) struct Exposed {
 }
 
 impl Exposed {
-    /// Returns the number of slots that a host has. The first call counts them.
+    /// Returns the number of slots that a host has. The first call counts the slots.
     pub(super) fn to(&mut self, host: &str, receiver: &Receiver) -> usize {
         if let Some(&slots) = self.hosts.get(host) {
             return slots;

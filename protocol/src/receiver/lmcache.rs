@@ -1,9 +1,9 @@
 //! Serves LMCache's senders. These senders do not know leases, so the receiver lends slots to them.
 //!
 //! An LMCache sender asks for slots by key, writes, and reports the end only to its *proxy*
-//! (`ProxyNotif`). It sends no report to the receiver, not even through NIXL. The synchronous
-//! sender reports success to the proxy even if an earlier batch failed. So the receiver shows a
-//! slot to the engine only if both conditions hold:
+//! (`ProxyNotif`). The sender sends no report to the receiver, not even through NIXL. The
+//! synchronous sender reports success to the proxy even if an earlier batch failed. So the receiver
+//! shows a slot to the engine only if both conditions hold:
 //!
 //! * the proxy has got the sender's report for this request, and the decode request confirms this (`Await.written`).
 //!   Every write of the request has then ended, successfully or not;
@@ -162,9 +162,9 @@ impl Receiver {
         self.answer(route, Vec::new(), 0);
     }
 
-    /// Lends slots to waiting alloc requests, in the order of their arrival. A later batch of a request gets at once
-    /// the slots that are reserved for it. Returns the resource that an alloc request still waits for; `None` if none
-    /// waits.
+    /// Lends slots to waiting alloc requests, in the order of their arrival. A later batch of a
+    /// request gets at once the slots that are reserved for it. Returns the resource that an alloc
+    /// request still waits for; `None` if no alloc request waits.
     pub(super) fn lend(&mut self, blocked: bool, exposed: &mut Exposed) -> Option<Blocked> {
         if self.lmcache.asks.is_empty() {
             return None;
@@ -307,7 +307,8 @@ impl Receiver {
             self.ended.insert(&req, Some(reason), heard, self.now);
         }
         let chunks = u32::try_from(keys).unwrap_or(u32::MAX);
-        // The peer chose both numbers. They can be invalid: an invalid number can even be the reason for the refusal.
+        // The peer chose both numbers. Both numbers can be invalid: an invalid number can even be
+        // the reason for the refusal.
         let full = chunks.saturating_sub(1);
         let tokens = full.saturating_mul(self.config.chunk_tokens);
         let tokens = tokens.saturating_add(asked.last_chunk_toks);
@@ -418,7 +419,7 @@ impl Lmcache {
 }
 
 impl Loan {
-    /// Ends a loan as soon as the receiver has checked the loan's slots once more.
+    /// Ends a loan after one more check of the loan's slots.
     fn end(&mut self, now: Time, reason: Reason) {
         self.reason.get_or_insert(reason);
         self.deadline = self.deadline.min(now);

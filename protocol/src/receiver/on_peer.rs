@@ -83,8 +83,9 @@ impl Receiver {
     }
 
     /// Asks a sender that is reachable again how the writes of its quarantined leases ended. The
-    /// receiver asks only about leases of the same host. Otherwise a process on another host could
-    /// use this sender's name, learn the lease's id and free the lease's slots.
+    /// receiver asks only about leases of the same host. If the receiver asked about leases of
+    /// other hosts, a process could use another sender's name, learn the id of that sender's lease
+    /// and free the lease's slots.
     fn ask_about_quarantined(&mut self, route: Route, host: &str, x: &AllocX) {
         let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
         let leases: Vec<LeaseId> = self
@@ -368,8 +369,8 @@ impl Receiver {
     }
 }
 
-/// Returns true if a new alloc request with the same id may replace an old request. There are two
-/// cases. In the first case the old request is not wanted any more. In the second case its chunks
+/// Returns true if a new alloc request with the same id may replace an old request. An old request
+/// that is not wanted any more may be replaced. An old request may also be replaced if its chunks
 /// are all written, no decode request has asked for them, and the new alloc request comes from the
 /// same host.
 fn gives_way_to_question(old: &Request, host: &str) -> bool {

@@ -1,10 +1,10 @@
 //! Frees written KV that no decode request asks for.
 //!
 //! A decode request may come late, so the receiver keeps written KV. But some proxies send decode
-//! requests that do not ask for KV (LMCache's proxy in front of our decode side). Then the KV of a
-//! few requests fills the buffer, and all other requests wait until that KV expires. So when a
-//! request waits for slots, the receiver looks for senders whose KV no decode request has read
-//! recently, and frees their oldest KV first. The receiver keeps the KV of all other senders,
+//! requests that do not ask for KV (LMCache's proxy in front of our decode side). With such a proxy
+//! the KV of a few requests fills the buffer, and all other requests wait until this KV expires. So
+//! when a request waits for slots, the receiver looks for senders whose KV no decode request has
+//! read recently, and frees their oldest KV first. The receiver keeps the KV of all other senders,
 //! because decode requests for this KV may still wait in the engine's queue.
 
 use std::collections::BTreeMap;
@@ -55,14 +55,14 @@ pub(super) enum Blocked {
 }
 
 impl Receiver {
-    /// Frees the oldest KV that probably no decode request will read. Returns true if there was
-    /// such KV.
+    /// Frees the oldest KV that probably no decode request will read. Returns true if it freed any
+    /// KV.
     pub(super) fn reclaim(&mut self, blocked: &Blocked) -> bool {
         let now = self.now;
         let lease = match blocked {
             Blocked::Room => self.idle_leases().min().filter(|(at, _)| *at <= now),
             // The quota of a host counts only slots that are lent or open for writes. Written slots
-            // of a lease do not count, so freeing them would not help.
+            // of a lease do not count, so the receiver frees none of them for a quota.
             Blocked::Share(_) => None,
         };
         let loans = self.lmcache.idle(&self.readers);
@@ -83,15 +83,15 @@ impl Receiver {
     }
 
     /// Returns the time from which further KV may be freed for the waiting requests; `None` if no
-    /// request waits or there is no such KV.
+    /// request waits or no KV can be freed.
     pub(super) fn reclaim_at(&self) -> Option<Time> {
         if self.waiting.is_empty() && self.lmcache.asks().is_empty() {
             return None;
         }
         let leases = self.idle_leases().map(|(at, _)| at);
         let loans = self.lmcache.idle(&self.readers).map(|(at, ..)| at);
-        // KV that could already be freed is still here because freeing it would not help the
-        // waiting requests.
+        // The buffer may still have KV that could be freed already. The receiver keeps this KV,
+        // because freeing it does not help the waiting requests.
         leases.chain(loans).filter(|at| *at > self.now).min()
     }
 

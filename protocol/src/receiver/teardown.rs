@@ -269,7 +269,7 @@ impl Receiver {
         if late.is_empty() {
             return;
         }
-        // The receiver tries once more to serve these requests, because this event may have freed
+        // The receiver tries again to serve these requests, because this event may have freed
         // slots.
         self.serve();
         for id in late {

@@ -273,7 +273,7 @@ impl Sender {
         self.lose_kept(engine);
     }
 
-    /// Notes the result of a handshake, and sends the alloc requests that waited for it.
+    /// Notes the result of a handshake, and sends the alloc requests that waited for the handshake.
     pub(super) fn on_linked(&mut self, to: &Target, link: Link) {
         let epoch = match &link {
             Link::Up { epoch, .. } => Some(*epoch),
@@ -308,7 +308,7 @@ impl Sender {
     }
 }
 
-/// A lease lasts three heartbeats, so two lost heartbeats do not end it.
+/// A lease lasts three heartbeats, so two lost heartbeats do not end the lease.
 const HEARTBEATS_PER_LEASE: u32 = 3;
 
 fn millis(duration: Duration) -> u32 {

@@ -43,8 +43,8 @@ pub struct Config {
     /// asks for and however often it is renewed.
     #[serde(default)]
     pub max_keep: Duration,
-    /// True if the sender must refuse every request with `push_off`. Tests use this flag to check
-    /// that they fail if no KV is moved.
+    /// True if the sender must refuse every request with `push_off`. The tests use this flag to
+    /// check that they fail if no KV is moved.
     pub push_off: bool,
 }
 

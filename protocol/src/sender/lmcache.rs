@@ -11,13 +11,14 @@
 //!                       └─Staged, event─▶ Gathering ─fired─▲  └──known already──▶ Skipped
 //! ```
 //!
-//! * A chunk is not complete before the GPU has finished the gather. Otherwise, if the engine died before the event
-//!   fired, the receiver would show a key whose KV is never written.
+//! * A chunk is not complete before the GPU has finished the gather. If the sender asked for a slot
+//!   earlier and the engine died before the event fired, the receiver would show a key whose KV is
+//!   never written.
 //! * Answers have no number, so each connection has at most one alloc request in flight. A late answer belongs to this
 //!   alloc request, even if the request was cancelled in the meantime.
 //! * The asynchronous receiver (its socket is a ROUTER) frees keys on `CancelNotif`. The
-//!   synchronous receiver (its socket is a REP) would stop answering after a `CancelNotif`, so the
-//!   sender never sends this message to a synchronous receiver. The sender never gives back keys of
+//!   synchronous receiver (its socket is a REP) stops answering after a `CancelNotif`, so the
+//!   sender never sends a `CancelNotif` to such a receiver. The sender never gives back keys of
 //!   writes with an unknown end: another request would get their slots while the write may still
 //!   arrive.
 //! * The receiver does not tell which tokens the decode side already has, and it grants no slots
@@ -70,8 +71,9 @@ impl Foreign {
 }
 
 impl Sender {
-    /// Starts a request after the handshake: the engine may get send slots. Ends a request with tags in its keys:
-    /// LMCache's decode side would look for keys without tags, and the receiver would keep KV that nobody reads.
+    /// Starts a request after the handshake: the engine may get send slots. Ends a request with
+    /// tags in its keys: LMCache's decode side looks only for keys without tags, so the receiver
+    /// would keep KV that nobody reads.
     pub(super) fn feed(&mut self, id: &RequestId) {
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -359,7 +361,8 @@ impl Sender {
         }
     }
 
-    /// Returns the time at which the sender ends a request that has waited for slots since `waits`.
+    /// Returns the time at which the sender ends a request whose wait for slots began at the time
+    /// `waits`.
     pub(super) fn lmcache_patience(&self, waits: Time) -> Time {
         waits + self.config.wait + self.config.repeat * PATIENCE
     }

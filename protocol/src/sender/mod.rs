@@ -6,7 +6,7 @@
 //! * The sender gives a chunk a send slot only when the receiver has granted a slot for the chunk
 //!   *and* the engine is about to complete the chunk. So no send slot stays empty for a long time
 //!   while other chunks need a send slot.
-//! * The sender sends `Written` only after the transport has reported the flush. It repeats
+//! * The sender sends `Written` only after the transport has reported the flush. The sender repeats
 //!   `Written` until `Ack` comes.
 //! * If a lease ends early, the sender waits for the end of its writes in flight and then sends
 //!   `CancelNotif`. The list `dirty` of this message has the slots of writes whose end is unknown.

@@ -38,8 +38,8 @@ impl Sender {
         let buried = |lease| self.graves.iter().any(|(known, _)| *known == lease);
         match (asked, x.lease, x.reason) {
             (Some(id), lease, _) if withdrawn && lease.is_none_or(buried) => self.forget(&id),
-            // The sender has already told the receiver that it does not write under this lease. So
-            // it must not write, because the receiver may have freed the slots.
+            // The sender has already told the receiver that it does not write under this lease. The
+            // receiver may have freed the slots since then, so the sender must not write.
             (Some(id), Some(lease), _) if buried(lease) => {
                 self.end(&id, Reason::Cancelled);
             }

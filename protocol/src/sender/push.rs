@@ -37,7 +37,8 @@ impl Sender {
                     Chunk::Waiting if matches!(request.phase, Phase::Feeding(_)) => None,
                     _ => continue,
                 };
-                // The engine completes chunks in order: a slot for a later chunk would stay empty.
+                // The engine completes chunks in order. If a later chunk got a slot now, the slot
+                // would stay empty until the engine completes this chunk.
                 if request.span(index, chunk_tokens).1 > request.upto {
                     break;
                 }

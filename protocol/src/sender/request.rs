@@ -157,7 +157,8 @@ pub(super) enum Chunk {
         to: SlotIndex,
         transfer: TransferId,
     },
-    /// The transport has flushed the chunk at the receiver. The receiver has not acknowledged it.
+    /// The transport has flushed the chunk at the receiver. The receiver has not acknowledged the
+    /// chunk.
     Done { to: SlotIndex, sum: Option<u64> },
     /// The receiver has acknowledged the chunk.
     Acked,

@@ -129,8 +129,8 @@ impl Sender {
 
     /// Repeats an alloc request over a new connection, because its answer was lost with the old
     /// connection. If the receiver has already ended a lease of this request, the receiver refuses
-    /// the request and asks about the lease. Otherwise the receiver grants a lease, or repeats its
-    /// earlier grant.
+    /// the request and asks about the lease. If no lease of this request has ended, the receiver
+    /// grants a lease, or repeats its earlier grant.
     fn withdraw(&mut self, id: &RequestId) {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {

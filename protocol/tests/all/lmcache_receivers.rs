@@ -188,8 +188,9 @@ fn empty() -> AllocResponse {
     }
 }
 
-/// LMCache's decode side looks for keys without tags. The decode side would compute the prompt, and LMCache's
-/// receiver would keep slots for keys that nobody reads.
+/// LMCache's decode side looks only for keys without tags. If the sender pushed keys with tags, the
+/// decode side would compute the prompt, and LMCache's receiver would keep slots for keys that
+/// nobody reads.
 #[test]
 fn keys_with_tags_are_refused_before_the_receiver_hears_of_them() {
     let mut feeding = Feeding::new(true);
@@ -321,8 +322,8 @@ fn a_receiver_that_never_answers_costs_its_requests_only_time() {
             );
         }
         assert!(feeding.p.is_idle());
-        // The receiver answers late. The sender must give the keys back. Otherwise the receiver
-        // would show keys whose KV is never written.
+        // The receiver answers late. The sender must give the keys back. If the sender kept the
+        // keys, the receiver would show keys whose KV is never written.
         feeding.grant(0, &[]);
         let given_back = feeding.questions.pop();
         match given_back {

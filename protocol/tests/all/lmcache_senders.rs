@@ -322,7 +322,7 @@ fn a_full_buffer_is_declined_within_its_bound() {
     // addresses of the present slots.
     landing.connect(3, false);
     assert_eq!(landing.ask(3, "d", 0..1, 1), None);
-    // The receiver refuses another shape with LMCache's own refusal, −1.
+    // If the shape of a chunk is wrong, the receiver answers with LMCache's own refusal, −1.
     let odd = AllocRequest {
         keys: vec!["x".into(), "y".into()],
         fmt: 1,

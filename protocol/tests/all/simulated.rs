@@ -102,7 +102,7 @@ fn loss_delay_and_duplication_cost_time_only() {
         delivered += outcome.delivered;
         failed += outcome.failed.len();
     }
-    // Three lost heartbeats in a row end a lease. This happens to one lease in a thousand.
+    // Three lost heartbeats in a row end a lease, which happens to one lease in a thousand.
     assert!(delivered >= 495, "{delivered} delivered, {failed} failed");
 }
 

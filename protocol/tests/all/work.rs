@@ -1,5 +1,5 @@
-//! Tests of the work per message: it must be proportional to the size of the message and to the
-//! number of granted slots.
+//! Checks that the work per message is proportional to the size of the message and to the number of
+//! granted slots.
 
 use crate::setup::{CHUNK, question};
 use protocol::message::{AllocX, ToReceiver, ToSender, Written};

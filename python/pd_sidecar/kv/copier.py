@@ -78,8 +78,8 @@ class Copier(Protocol):
         ...
 
     def layered_copy(self, pieces: Sequence[Piece]) -> LayeredCopy | None:
-        """Starts a copy of pages to slots by ranges of layers. Returns `None` on a device where such a copy saves no
-        time.
+        """Starts a copy of pages to slots by ranges of layers. Returns `None` on a device where a copy by ranges saves
+        no time.
         """
         ...
 

@@ -75,7 +75,7 @@ class Driver:
 
 
 class Primary:
-    """A device's primary context. It is current inside the `with` block."""
+    """A device's primary context. The context is current inside the `with` block."""
 
     def __init__(self, driver: Driver, device: ctypes.c_int) -> None:
         self._driver = driver
@@ -95,7 +95,9 @@ class Primary:
 
 
 class OpenedMemory:
-    """A sidecar's buffer. It is closed when its last reference is dropped. Every move in flight holds a reference."""
+    """A sidecar's buffer. The buffer is closed when its last reference is dropped. Every move in flight holds a
+    reference.
+    """
 
     def __init__(self, buffer: CudaMemory, driver: Driver | None = None) -> None:
         """Opens the buffer. Raises `CudaError`."""

@@ -1,13 +1,13 @@
 """Moves KV on a GPU, and orders the moves relative to the engine's computing.
 
 A gather waits for the mark after the forward that computed its chunks. A scatter writes into the blocks of a request.
-The scatter waits for the mark after all work that was launched before the request got these blocks. Without this wait,
-an older step could still write to these blocks: an engine that schedules ahead may free a step's blocks while the step
-is in flight.
+The scatter waits for the mark after all work that was launched before the request got these blocks. If the scatter did
+not wait, an older step could still write to these blocks: an engine that schedules ahead may free a step's blocks while
+the step is in flight.
 
-Gathers and scatters run on a separate stream, so that they do not wait for an unrelated step on the engine's stream.
-Two kinds of gather run on the engine's stream instead: a gather of the newest work, and a gather by layers. On that
-stream a gather needs no wait for a mark, and no other kernel runs at the same time.
+Gathers and scatters run on a stream of their own, so that they do not wait for an unrelated step on the engine's
+stream. Only two kinds of gather run on the engine's stream: a gather of the newest work, and a gather by layers. On the
+engine's stream a gather needs no wait for a mark, and no other kernel runs at the same time.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class GpuCopier:
         return move
 
     def _queue(self, move: _Move, slots: Iterable[int]) -> None:
-        """Makes a gather wait for an earlier gather into the same slot on the other stream. The sidecar may grant a
-        slot again while the gather of a request that ended early still writes to the slot.
+        """Makes a gather wait for an earlier gather that writes into the same slot, on another stream. The sidecar may
+        grant a slot again while the gather of a request that ended early still writes to the slot.
         """
         for slot in slots:
             before = self._into.get(slot)
@@ -195,7 +195,7 @@ class _LayeredCopy:
 
 
 class _Move:
-    """A move under way. It keeps the sidecar's memory open."""
+    """A move under way. The move keeps the sidecar's memory open."""
 
     def __init__(self, slots: torch.Tensor, stream: torch.cuda.Stream) -> None:
         self.stream = stream

@@ -2,7 +2,8 @@
 
 The code treats pages and slots as rows of equal length. The rows are as long as the pages allow. So a single
 `index_select` or `index_copy_` with row numbers makes a move, without loops over tokens, blocks or heads. The slots of
-a step are usually consecutive. Then their rows are one slice of the buffer, and the move needs no intermediate copy.
+a step are usually consecutive. The rows of consecutive slots are one slice of the buffer, so the move needs no
+intermediate copy.
 
 A chunk in its slot has LMCache's format `KV_2LTD`, packed at the start: `[planes, layers, tokens, width]`.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Fence, Piece
 
 MAX_ROWS = 1 << 20
-"""Maximum number of rows of one move. It limits the memory of the row numbers to 8 MiB."""
+"""Maximum number of rows of one move. This maximum limits the memory of the row numbers to 8 MiB."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class HostCopier:
         return CompletedFence(time.perf_counter() - began)
 
     def layered_copy(self, pieces: Sequence[Piece]) -> None:
-        """Returns `None`: on a CPU the forward returns only when all layers are computed, so this gains nothing."""
+        """Returns `None`: on a CPU the forward returns only when all layers are computed, so a copy by ranges gains
+        nothing.
+        """
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[object] = ()) -> Fence:
         """Copies slots to pages. Writes only the tokens that the pieces name."""

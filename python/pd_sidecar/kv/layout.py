@@ -159,7 +159,7 @@ class Geometry:
 def geometry(tensors: Mapping[str, torch.Tensor], hint: Hint, writers: Mapping[str, Writer] | None = None) -> Geometry:
     """Returns the geometry of a worker's KV tensors, by layer name. Raises `LayoutError`.
 
-    For layers that have a writer, `probe` finds the places; for the others, the strides give the places.
+    For layers that have a writer, `probe` finds the places; for the other layers, the strides give the places.
 
     Layers are in the order of the numbers in their names, on both sides of a transfer. Names that share a tensor
     (layers that reuse another layer's KV) count once.
@@ -298,12 +298,14 @@ def _axes(name: str, shape: tuple[int, ...], hint: Hint) -> tuple[int, int, int 
         if len(shape) == 4 and blocks(shape[0]) and shape[1] == 1:
             return 0, 2, None, None, shape[3]
     elif len(shape) == 4:
-        # vLLM has [blocks, heads, tokens, K and V of a head] from 0.28 on. Its CPU backend had this shape earlier.
+        # The shape is [blocks, heads, tokens, K and V of a head]: in all of vLLM from 0.28 on, and in older versions of
+        # its CPU backend.
         if blocks(shape[0]) and shape[1] == hint.kv_heads and shape[3] == 2 * hint.head_size:
             return 0, 2, 1, None, hint.head_size
     elif len(shape) == 5 and shape[4] == hint.head_size:
-        # The GPU backends have [blocks, 2, tokens, heads, size]. Before vLLM 0.24 they had [2, blocks, ...]. The CPU
-        # backend had heads before tokens. If there are as many heads as tokens, take the order of the GPU backends.
+        # The GPU backends have [blocks, 2, tokens, heads, size]. Before vLLM 0.24 the GPU backends had [2, blocks,
+        # ...]. The CPU backend had heads before tokens. If there are as many heads as tokens, take the order of the GPU
+        # backends.
         for block, plane in ((0, 1), (1, 0)):
             if shape[plane] == 2 and blocks(shape[block]):
                 if shape[3] == hint.kv_heads:
@@ -319,4 +321,4 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 PROBE_BASE = 128
-"""The base of the digits. The function stores digit + 1, at most 128, which bfloat16 and float16 hold exactly."""
+"""The base of the digits. The probe stores digit + 1, at most 128, which bfloat16 and float16 hold exactly."""

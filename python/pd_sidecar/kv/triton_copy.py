@@ -1,8 +1,7 @@
 """Moves KV between pages and slots on a GPU, with one launch for all requests of a step.
 
-The kernel reads the place of each piece from a plan that comes with the launch. So the kernel needs neither row
-numbers, which would take megabytes, nor a second copy. Values that are the same in every launch are compiled into the
-kernel.
+The kernel reads the place of each piece from a plan that comes with the launch. So the kernel needs neither a second
+copy nor row numbers, which take megabytes. Values that are the same in every launch are compiled into the kernel.
 """
 
 from __future__ import annotations

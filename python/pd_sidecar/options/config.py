@@ -83,8 +83,8 @@ def parse(
     for key, value in extra.items():
         if key in lmcache.HARMLESS:
             continue
-        # These options configure a sidecar that this engine starts. A sidecar that was started separately does not get
-        # these options, and would run with its defaults.
+        # These options configure a sidecar that this engine starts. A sidecar that the user starts does not get these
+        # options, and runs with its defaults.
         if key.startswith(lmcache.PREFIX):
             if "sidecar" not in extra and key.removeprefix(lmcache.PREFIX) not in KEY_SETTINGS:
                 problems.append(
@@ -160,6 +160,6 @@ PUSHES = ("auto", "layers", "step")
 KEY_SETTINGS = (lmcache.HASH_KEY, lmcache.CHUNK_KEY)
 """The settings of LMCache that the connector itself reads."""
 MAX_IDLE_WAIT_MS = 50
-"""The maximum of `idle_wait_ms`. The wait is part of a step, and a new request waits for the end of the step, so users
-would notice a longer wait.
+"""The maximum of `idle_wait_ms`. The wait is a part of a step, and a new request waits for the end of the step. So
+users notice a wait that is longer than this maximum.
 """

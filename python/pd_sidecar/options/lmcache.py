@@ -25,7 +25,7 @@ HARMLESS: dict[str, str] = {
     "lmcache_rpc_port": "scheduler and worker use no port",
     "skip_last_n_tokens": "the decode request has the same tokens as the prefill request",
 }
-"""LMCache's options that change nothing here, each with the reason."""
+"""LMCache's options that change nothing in this connector, each with the reason."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ known, requests of the adapter are computed without a transfer (`lora_pending`).
 
 vLLM loads an adapter before its first request, and may load it again later, because vLLM keeps only a limited number of
 adapters. vLLM does not tell which files it loaded. So files must not change while an engine serves them. The thread
-checks this: if an adapter's files have changed, KV of the adapter is no longer moved (`lora`).
+checks the files again: if an adapter's files have changed, KV of the adapter is no longer moved (`lora`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Adapters:
     def digest(self, lora: LoRARequest) -> Union[str, Skip]:  # noqa: UP007
         """Returns the digest of the adapter's files, or the reason why its KV is not moved now. Reads no file."""
         if getattr(lora, "load_inplace", False):
-            # vLLM reads the files of such an adapter again for each step, but the adapter keeps its name and number.
+            # If an adapter is loaded in place, vLLM reads its files again for each step, but the adapter keeps its name
+            # and number.
             return Skip.LORA
         # An adapter that is unloaded and loaded again under the same name has another number.
         key = (lora.lora_int_id, lora.lora_name, lora.lora_path)
@@ -153,5 +154,5 @@ LOOK_S = 1.0
 """The shortest time between two checks of the files of one adapter, in seconds."""
 MAX_ADAPTERS = 4096
 """Maximum number of adapters whose digests are kept. The least recently used adapter is removed first. If a request
-uses this adapter again, the thread computes the digest again.
+uses a removed adapter again, the thread computes the adapter's digest again.
 """

@@ -1,4 +1,4 @@
-"""Decides which requests are pushed or loaded, and gives the reason for the others."""
+"""Decides which requests are pushed or loaded, and gives the reason for the other requests."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Transfer:
     """Load: true if an LMCache sender has told the proxy that the whole prompt is written."""
     tokens: int = 0
     """Load: the number of prompt tokens that are pushed; 0 for all. The proxy may have appended the first token, which
-    the prefill side sampled. The KV of this token does not exist yet.
+    the prefill side sampled. The KV of the appended token does not exist yet.
     """
     wants_first_token: bool = False
     """Push: true if the response must name the first token, as LMCache's proxy expects."""
@@ -101,7 +101,7 @@ def family(engine_id: str) -> str:
 
 
 def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
-    """Reads `kv_transfer_params`. They come from the network, so every field is checked."""
+    """Reads `kv_transfer_params`. These parameters come from the network, so every field is checked."""
     if not isinstance(params, dict):
         return Skip.NO_PARAMS
     push, load = params.get("do_remote_decode"), params.get("do_remote_prefill")
@@ -148,7 +148,7 @@ def _unnamed(params: Mapping[str, Any], *, keeps: bool) -> Transfer | Skip:
 
 
 def _is_name(text: str, most: int) -> bool:
-    """Returns true if the sidecar accepts the text in a message. After any other text the sidecar would end the
+    """Returns true if the sidecar accepts the text in a message. If the sidecar does not accept a text, it ends the
     engine's connection, and with it the transfers of all other requests.
     """
     # Cc is the category that the sidecar calls control characters; text of category Cs cannot be encoded.

@@ -14,8 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 if TYPE_CHECKING:
     from pd_sidecar.scheduler.kept import FetchPort, KeptSource
 
-# A request has two names here. `engine_id` is vLLM's name, and differs between the two sides. `req` is the proxy's
-# name, and is the same everywhere.
+# A request has two names in these messages. `engine_id` is vLLM's name, and differs between the two sides. `req` is the
+# proxy's name, and is the same everywhere.
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class PushStep:
 
     engine_id: str
     blocks: list[int]
-    """Block ids. If `replace` is true, they replace the request's table; otherwise they are appended to the table."""
+    """Block ids. If `replace` is true, these blocks replace the request's table; otherwise they are appended to the
+    table.
+    """
     replace: bool
     upto: int
     """The number of prompt tokens that are computed when the step is over."""

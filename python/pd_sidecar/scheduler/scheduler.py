@@ -14,8 +14,8 @@ object holds the state of a request.
          └── nothing to load ──▶ SETTLED
 
 With n > 1 vLLM makes one engine request per sequence, and all of these requests have the same prompt. The first request
-loads the KV. The other requests wait until the first request runs. Then they copy the KV that they lack from the blocks
-of the first request, so the KV is moved only once.
+loads the KV. The other requests wait until the first request runs. Then the other requests copy the KV that they lack
+from the blocks of the first request, so the KV is moved only once.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Scheduler:
         """
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
-            # vLLM asks again after a load, even after a failed load. The KV of a second load would never arrive.
+            # vLLM asks again after a load, even after a failed load. If the connector asked for a second load, its KV
+            # would never arrive.
             return 0, False
         if state.source is not None:
             if state.source.request.request_id not in self._states:
@@ -257,7 +258,7 @@ class Scheduler:
         if isinstance(state, Push):
             return self._finish_push(engine_id, state, blocks, completed)
         if isinstance(state, Load) and state.phase is LoadPhase.PARKED:
-            # vLLM itself holds the blocks of a parked request until the workers report it.
+            # vLLM itself holds the blocks of a parked request until the workers report the request.
             state.phase = LoadPhase.ABORTED
             if state.source is None:
                 self._next.aborted.append(engine_id)
@@ -380,7 +381,7 @@ class Scheduler:
 
         A claim stays after its holder has ended, because vLLM may ask much later about the other requests of the same
         client request. But LMCache's proxy numbers its requests from 1 at each start, so the same `req` can come again.
-        A request of another client request therefore gets the claim when the holder has ended.
+        So if the holder has ended, an engine request that belongs to another client request gets the claim.
         """
         if wish.keeps:
             return True  # each engine request has a token of its own
@@ -469,7 +470,7 @@ class Scheduler:
 
 
 def _first_token(request: Request, response: dict[str, Any]) -> dict[str, Any]:
-    """Adds the first token if the proxy asks for it. Such a proxy cannot learn the token in another way."""
+    """Adds the first token if the proxy asks for it. A proxy that asks cannot learn the token in another way."""
     params = request.kv_transfer_params
     if isinstance(params, dict) and params.get("ret_first_tok") and request.output_token_ids:
         response["first_tok"] = request.output_token_ids[0]
@@ -484,4 +485,4 @@ def _lost_its_blocks(state: Push) -> bool:
 
 
 MAX_CLAIMS = 4096
-"""Maximum number of claims. A sidecar keeps the same number of ended requests."""
+"""Maximum number of claims. A sidecar remembers 4096 ended requests, too."""

@@ -49,7 +49,7 @@ class Stats(KVConnectorStats):
         reasons[reason] = reasons.get(reason, 0) + 1
 
     def take(self) -> Stats | None:
-        """Returns the sums and resets them. Returns `None` if all are zero."""
+        """Returns the sums and resets them. Returns `None` if all sums are zero."""
         if self.is_empty():
             return None
         taken = Stats(self.data)

@@ -174,7 +174,7 @@ def wait_readable(connections: Iterable[Connection], timeout_s: float) -> None:
 
 
 def _first_frame(sock: socket.socket, deadline: float) -> tuple[bytes, bytes, list[int]]:
-    """Returns the first frame, the bytes after it, and the descriptors that came with it."""
+    """Returns the first frame, the bytes after the frame, and the descriptors that came with the frame."""
     frames = FrameBuffer()
     fds: list[int] = []
     try:
@@ -211,8 +211,8 @@ def _greeting(body: bytes) -> Welcome:
 
 
 def _map(welcome: Welcome, hello: Hello, fds: list[int]) -> mmap.mmap | None:
-    """Maps a buffer in host memory. The engine's own thread opens a buffer in GPU memory: if this thread opened it
-    while the engine captures a graph, the capture would fail.
+    """Maps a buffer in host memory. A buffer in GPU memory is opened later, by the engine's own thread: if the
+    reconnecting thread opened it while the engine captures a graph, the capture would fail.
     """
     if hello.unmoved:
         if welcome.memory != "none" or welcome.slots or fds:

@@ -104,7 +104,8 @@ class Child:
     def _watch(self) -> None:
         pause = FIRST_PAUSE_S
         since = time.monotonic()
-        # The kernel ends the child when the thread that started it ends. So this thread runs until `stop`.
+        # The kernel ends a child when the thread that started the child ends. The watching thread restarts the child,
+        # so this thread runs until `stop`.
         while not self._stopping.wait(LOOK_S):
             code = self._process.poll()
             if code is None:

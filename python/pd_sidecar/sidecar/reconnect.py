@@ -48,8 +48,8 @@ class Reconnector(threading.Thread):
         self._lock = threading.Lock()
         self._offered: Connection | None = None
         self._stand_in: Connection | None = None
-        """A connection that is open while engine and sidecar cannot work together. It tells the sidecar why no KV is
-        moved.
+        """A connection that is open while engine and sidecar cannot work together. The greeting on this connection
+        tells the sidecar why no KV is moved.
         """
         self._stopping = threading.Event()
         # `stop` closes one end of this pair, which wakes the thread from every wait.
@@ -131,8 +131,7 @@ class Reconnector(threading.Thread):
         if self._stand_in is not None or self._hello.unmoved:
             return
         hello = self._hello.as_unmoved(why)
-        # An older sidecar does not know such a greeting and refuses it, too. A sidecar without this rank also refuses
-        # it.
+        # A sidecar refuses this greeting if it is too old to know such greetings, or if it does not have this rank.
         with contextlib.suppress(RefusedError, WireError, OSError, ValueError):
             self._stand_in = Connection.open(self._path, hello, self._pauses.greeting)
 
@@ -143,7 +142,7 @@ class Reconnector(threading.Thread):
             self._logger.warning("%s; requests are computed without transfer until this ends", failure)
 
     def _watch(self, connection: Connection) -> None:
-        """Returns when the connection has ended. Does not read from it."""
+        """Returns when the connection has ended. Does not read from the connection."""
         poller = select.poll()
         poller.register(connection.fileno(), select.POLLRDHUP)
         poller.register(self._wake_read, select.POLLIN)

@@ -1,6 +1,6 @@
 """Checks that a socket belongs to this user's sidecar, before the engine sends or maps anything.
 
-The default folder has a predictable name in /tmp. Another user of the host may have created it first.
+The default folder has a predictable name in /tmp. Another user of the host may have created this folder first.
 """
 
 from __future__ import annotations

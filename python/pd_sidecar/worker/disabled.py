@@ -23,8 +23,8 @@ logger = init_logger("vllm.pd_sidecar.worker.disabled")
 class DisabledWorker:
     """Fails every transfer at once, and tells the sidecars why.
 
-    Without a greeting from its engine a sidecar never becomes ready. The proxy would then refuse every request,
-    although the engine can compute it.
+    Without a greeting from its engine a sidecar never becomes ready, and the proxy refuses every request, although the
+    engine can compute the request.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Tracks the events for which the sidecar may still wait.
 
-A gather may record an event again only when the sidecar has ended all requests whose `Staged` named the event.
-Otherwise a sidecar that has not begun to wait for the earlier gather would wait for the later gather.
+A gather may record an event again only when the sidecar has ended all requests whose `Staged` named the event. If a
+gather recorded the event earlier, a sidecar that has not begun to wait for the earlier gather would wait for the later
+gather.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class EventSlots:
         return len(self._free)
 
     def take(self, reqs: set[str]) -> int | None:
-        """Returns a free event and gives it to these requests. Returns `None` if there is none."""
+        """Returns a free event and gives it to these requests. Returns `None` if no event is free."""
         if not self._free:
             return None
         event = self._free.pop()

@@ -113,8 +113,8 @@ class Receiver:
 
     def lost(self) -> None:
         """Fails all requests after the connection has ended: no sidecar fills their slots any more."""
-        # Scatter the reported requests: the engine relies on their KV. Their slots stay mapped, and no process writes
-        # to them.
+        # Scatter the reported requests: the engine relies on their KV. The slots of these requests stay mapped, and no
+        # process writes to them.
         self._ready = [entry for entry in self._ready if entry[0].reported]
         self._scatter()
         self._copier = None
@@ -156,7 +156,7 @@ class Receiver:
             self._give_up(incoming, message.reason or "incomplete")
 
     def move(self) -> bool:
-        """Scatters the chunks that have arrived. Returns true if there were any."""
+        """Scatters the chunks that have arrived. Returns true if any chunks had arrived."""
         moved = self._scatter()
         self._settle()
         return moved
@@ -237,7 +237,7 @@ class Receiver:
             return  # the request's `Await` fails as well
 
     def _scatter(self) -> bool:
-        """Launches a scatter of the chunks that have arrived. Returns true if there were any."""
+        """Launches a scatter of the chunks that have arrived. Returns true if any chunks had arrived."""
         ready = [entry for entry in self._ready if entry[0].failure is None]
         if not ready or self._copier is None:
             self._ready.clear()
@@ -302,7 +302,7 @@ class Receiver:
         )
 
     def _give_up(self, incoming: Incoming, reason: str) -> None:
-        """Ends a request from this side. `finished` tells the sidecar later, when no scatter is under way."""
+        """Ends a request before the sidecar does. `finished` tells the sidecar later, when no scatter is under way."""
         if incoming.failure is None:
             self._fail(incoming, reason)
             incoming.owes_abort = True

@@ -30,7 +30,9 @@ class PolledWorker(Protocol):
         ...
 
     def move(self) -> bool:
-        """Reads, and launches all moves that are possible. Returns true if it launched any."""
+        """Handles the messages of the sidecars, and launches all moves that are possible. Returns true if it launched
+        any.
+        """
         ...
 
     def collect(self) -> bool:
@@ -64,7 +66,7 @@ class Poller(threading.Thread):
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def wait(self, timeout_s: float) -> None:
-        """Returns when there is something to report, or after the timeout. The engine's thread calls it."""
+        """Returns when there is something to report, or after the timeout. The engine's thread calls this method."""
         self._news.wait(timeout_s)
         self._news.clear()
 
@@ -85,7 +87,8 @@ class Poller(threading.Thread):
             with torch.inference_mode():
                 self._serve()
         except Exception:
-            # The engine's thread also moves KV in every step. That thread gets the same error and raises it.
+            # The engine's thread also moves KV in every step. The engine's thread gets the same error and raises the
+            # error.
             logger.exception(
                 "the polling thread has failed: from now on only the engine's own thread moves KV, in its steps"
             )

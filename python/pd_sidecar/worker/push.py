@@ -188,8 +188,8 @@ class Sender:
     @property
     def is_waiting(self) -> bool:
         """True while a request waits for a message of the sidecar or for the end of a gather."""
-        # This code runs without the lock. The other thread may add or remove a request, but it does not change the
-        # copy.
+        # Loop over a copy, because this code runs without the lock: the other thread may add or remove a request during
+        # the loop.
         return any(not o.over or o.gathering for o in list(self._by_engine_id.values()))
 
     @property

@@ -64,7 +64,7 @@ class Share:
 
 @dataclass(frozen=True)
 class TpPartition:
-    """The partition of one engine's KV into ranks. `partition` makes and checks it."""
+    """The partition of one engine's KV into ranks. The function `partition` makes and checks a partition."""
 
     ranks: int
     workers: int
@@ -104,7 +104,7 @@ class RankCounter:
         self._named: Counter[str] = Counter()
 
     def of_all(self, engine_ids: Collection[str], ranks: int) -> set[str]:
-        """Counts that one rank has finished these requests. Returns the requests that all ranks have finished."""
+        """Counts one more rank that has finished these requests. Returns the requests that all ranks have finished."""
         self._named.update(engine_ids)
         out = {engine_id for engine_id in engine_ids if self._named[engine_id] == ranks}
         for engine_id in out:

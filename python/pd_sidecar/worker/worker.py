@@ -216,7 +216,7 @@ class Worker:
         with self._results:
             loaded = self._loaded
             if self._is_asked:
-                # vLLM accepts failed loads only from this method. The scheduler asks for all other results with `news`.
+                # vLLM accepts failed loads only from `finish`. The scheduler asks for all other results with `news`.
                 loaded = Results(set(loaded.failed), loaded.failed)
                 self._loaded = Results(self._loaded.received - loaded.received)
                 return set(), loaded
@@ -228,9 +228,9 @@ class Worker:
         """Returns the pushes and loads that are done, for a scheduler in this process.
 
         The scheduler calls this method while it handles the output of a step, after it has launched the next step. So
-        the scheduler learns of a load one step and one pause of the engine's loop earlier than it would from `finish`.
-        After the first call of this method, `finish` returns only failed loads and never waits. If `rest` is true and
-        nothing is done yet, this method waits briefly for results.
+        the scheduler learns of a load one step and one pause of the engine's loop earlier than from `finish`. After the
+        first call of this method, `finish` returns only failed loads and never waits. If `rest` is true and nothing is
+        done yet, this method waits briefly for results.
         """
         self._is_asked = True
         if rest and not (self._pushed or self._loaded.received):
@@ -283,7 +283,9 @@ class Worker:
         return handled
 
     def move(self) -> bool:
-        """Reads, and makes the moves that are possible. Returns true if there were any."""
+        """Handles the messages of the sidecars, and launches the moves that are possible. Returns true if it launched
+        any.
+        """
         with self._lock:
             self.read()
             moved = [link.end.move() for link in self._links]
@@ -350,7 +352,9 @@ class Worker:
         return not self._idle and any(link.end.has_part_in_steps for link in self._links)
 
     def _rest(self) -> None:
-        """Waits briefly for news. Without this wait, an engine whose requests all wait would use a whole core."""
+        """Waits briefly for news. If the engine did not rest while all of its requests wait for a sidecar, it would use
+        a whole core.
+        """
         if self._poller is not None:
             self._poller.wait(self._idle_wait_s)
             return
@@ -406,8 +410,9 @@ def _is_one_model(names: Sequence[str]) -> bool:
 def range_ends(layers: int) -> list[int]:
     """Returns the first layer after each range of layers, except for the last range.
 
-    A link that is faster than the computing needs only one range. This range should end late, so that little is left to
-    push after the step. With a slower link, the push ends sooner if the first range ends earlier.
+    A link that is faster than the computing needs only one range. With only one range, the range should end late, so
+    that little is left to push after the step. With a slower link, the push ends sooner if the first range ends
+    earlier.
     """
     wanted = {layers * part // 16 for part in (4, 8, 12, 14, 15)}
     return sorted(below for below in wanted if 0 < below < layers)

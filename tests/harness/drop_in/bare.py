@@ -19,7 +19,7 @@ from pd_sidecar.sidecar.wire import VERSION, Hello, Target
 
 
 class _Bare:
-    """A sidecar with `words` as its command line. Its sockets are inside `folder`."""
+    """A sidecar with `words` as its command line. The sidecar's sockets are inside `folder`."""
 
     role: str
 

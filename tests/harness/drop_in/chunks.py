@@ -29,7 +29,7 @@ class Prompt:
 
     @classmethod
     def of_chunks(cls, chunks: int, last: int = CHUNK_TOKENS) -> Prompt:
-        """Returns a new prompt, different from all others. Its last chunk has `last` tokens."""
+        """Returns a new prompt, different from all others. The last chunk of the prompt has `last` tokens."""
         number = next(_numbers)
         return cls(number, (chunks - 1) * CHUNK_TOKENS + last if chunks else 0, number)
 
@@ -43,7 +43,7 @@ class Prompt:
 
     @property
     def keys(self) -> list[str]:
-        """Returns the keys of the chunks in LMCache's format. Their hashes are arbitrary numbers."""
+        """Returns the keys of the chunks in LMCache's format. The hashes in the keys are arbitrary numbers."""
         return [f"m@{self.ranks}@{self.rank}@{(self.name << 16) + i:x}@float" for i in range(self.chunks)]
 
     def chunk(self, index: int) -> bytes:

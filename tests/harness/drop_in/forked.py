@@ -23,7 +23,7 @@ LMCACHE_ENV = {"UCX_NET_DEVICES": "lo"}
 
 START_BOUND_S = 60.0
 
-# The imports take six seconds of a core. On a busy machine they took two minutes.
+# The imports need six seconds of CPU time. On a busy machine they took two minutes.
 NURSERY_BOUND_S = 300.0
 
 
@@ -40,7 +40,9 @@ class ForkedPeer(Process):
 
 
 class _Fork:
-    """A process that is not a child of this interpreter. Its exit code is unknown, so it is always -1."""
+    """A process that is not a child of this interpreter. The exit code of such a process is unknown, so this class
+    always reports -1.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

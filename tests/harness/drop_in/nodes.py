@@ -75,7 +75,7 @@ class Notices:
         self.count: Counter[str] = Counter()
 
     def wait(self, req: str, bound_s: float = BOUND_S, ranks: int = 1) -> dict[str, Any] | None:
-        """Returns the newest notice of a request after `ranks` ranks have sent one, or None after `bound_s`."""
+        """Returns the newest notice of a request after `ranks` ranks have sent a notice, or None after `bound_s`."""
         import msgspec
 
         deadline = time.monotonic() + bound_s

@@ -2,7 +2,7 @@
 
     python peer.py SOCKET
 
-The process imports torch and LMCache, and starts backends as forks of itself. The imports take six seconds of a core,
+The process imports torch and LMCache, and starts backends as forks of itself. The imports need six seconds of CPU time,
 which is longer than most tests. Each connection to SOCKET sends one line of JSON, {"options": {"port": 4711, "role":
 "receiver", "mode": "async", ...}, "log": ...}. The answer is the id of the fork, which leads its own process group and
 writes to the log.
@@ -86,7 +86,7 @@ class Peer:
             **options.get("config", {}),
         }
         if "file" in options:
-            # The same order as in LMCache's vLLM adapter: first the file, then the environment variables.
+            # Read the settings in the order of LMCache's vLLM adapter: first the file, then the environment variables.
             config = LMCacheEngineConfig.from_file(options["file"])
             config.update_config_from_env()
         else:

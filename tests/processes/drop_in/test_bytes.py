@@ -31,7 +31,7 @@ FIELDS: dict[str, list[Any]] = {
 
 
 class Tap:
-    """A TCP relay in front of one port. It records all bytes in both directions."""
+    """A TCP relay in front of one port. The relay records all bytes in both directions."""
 
     def __init__(self, port: int) -> None:
         self.port = free_port()
@@ -92,7 +92,7 @@ def frames(stream: bytes) -> Iterator[bytes]:
 
 
 def check(raw: bytes) -> str:
-    """Asserts that msgspec would write exactly these bytes, and returns the type of the message."""
+    """Asserts that msgspec writes exactly these bytes, and returns the type of the message."""
     message = msgspec.msgpack.decode(raw)
     name = str(message["type"])
     # In every message, numbers have their shortest form, and no bytes follow the message.

@@ -45,7 +45,7 @@ class _LmcacheShippedSender(LmcacheSender):
         LmcachePeer.__init__(self, "sender", "async", {}, file=CONFIGS / "lmcache-prefiller-config.yaml")
 
 
-# LMCache's agents connect over UCX's TCP. A sidecar opens this port only with this option.
+# LMCache's agents connect over UCX's TCP. A sidecar accepts UCX's TCP only with this option.
 CONSENT = {"PD_SIDECAR_NIXL_OVER_TCP": "trusted"}
 
 

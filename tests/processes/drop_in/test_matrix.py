@@ -1,6 +1,7 @@
 """Tests a sidecar as sender and as receiver, with a sidecar, LMCache sync and LMCache async on the other side.
 
-Pairs with LMCache on both sides are not here, because no sidecar takes part. `test_proxy` tests them behind pd-proxy.
+This file has no pairs with LMCache on both sides, because no sidecar takes part in them. `test_proxy` tests such pairs
+behind pd-proxy.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def test_the_same_prompt_again_before_it_is_read(sender: Sender, receiver: Recei
 def test_no_chunks(sender: Sender, receiver: Receiver) -> None:
     """Sends a prompt without chunks. A sidecar reserves no slots and reports success at once.
 
-    LMCache's cache engine never passes such a request to a backend. A backend that gets one raises an IndexError or
-    does nothing, and sends no notice.
+    LMCache's cache engine never passes such a request to a backend. A backend that gets a request without chunks raises
+    an IndexError or does nothing, and sends no notice.
     """
     nothing, req = Prompt.of_chunks(0), f"r{next(_requests)}"
     if isinstance(sender, OurSender):

@@ -66,7 +66,7 @@ def test_builtin_without_a_seed_is_refused_with_the_reason() -> None:
 def test_every_key_of_lmcaches_configuration_is_known(tmp_path: Path) -> None:
     known = lmcache("0", ALGORITHMS)
     needed = {"pd_role": "sender", "pd_buffer_size": 1 << 20}
-    # The sidecar reports an unknown key in the file and in the environment: it must report none here.
+    # The sidecar reports unknown keys of the file and of the environment. In this test it must report none.
     file = tmp_path / "all.yaml"
     names = dict.fromkeys([*known["config"], *known["aliases"]], "unlikely")
     file.write_text(json.dumps(names | needed))

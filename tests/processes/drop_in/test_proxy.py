@@ -1,4 +1,5 @@
-"""Tests pd-proxy between real backends: LMCache on both sides, this project on both sides, and both mixtures.
+"""Tests pd-proxy between real backends: LMCache on both sides, this project on both sides, and each of them on only one
+side.
 
 The engines' HTTP servers are scripted. The KV, the messages to the proxy and all messages between the two sides are
 real.

@@ -1,4 +1,4 @@
-"""Tests a sidecar with LMCache as its peer. One of the two dies between two requests, or does not answer."""
+"""Tests a sidecar with LMCache as its peer. The sidecar or the peer dies between two requests, or does not answer."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def test_a_full_buffer_is_answered_as_lmcache_understands_it(ours: OurReceiver, 
 
 
 def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
-    """Cancels a request between its first and its last step. Its granted and its reserved slots become free at once."""
+    """Cancels a request between its first and its last step. The request's granted and reserved slots become free at
+    once.
+    """
     sender = LmcacheSender("async")
     try:
         req, prompt = next_request(), Prompt.of_chunks(4)
@@ -134,7 +136,7 @@ def test_a_request_that_lmcache_cancels(ours: OurReceiver) -> None:
         assert begun == {"written": 4, "errors": []}
         assert ours.held() == 6
         sender.do("cancel", req=req)
-        # The lease of the slots would end only after 4 s.
+        # The lease of the slots lasts 4 s, so it has not ended yet.
         ours.sidecar.wait_empty(2.0)
         assert ours.sidecar.record(req)["reason"] == "cancelled"
         assert moved(sender, ours, Prompt.of_chunks(8))

@@ -171,8 +171,8 @@ impl Receiver {
         if !self.lmcache.asks.iter().any(|ask| ask.until <= now) {
             return;
         }
-        // The receiver tries once more to serve these alloc requests, because this event may have
-        // freed slots.
+        // The receiver tries again to serve these alloc requests, because this event may have freed
+        // slots.
         self.lend(false, &mut Exposed::default());
         let asks = std::mem::take(&mut self.lmcache.asks);
         let (late, waiting): (VecDeque<_>, _) = asks.into_iter().partition(|a| a.until <= now);
@@ -342,8 +342,8 @@ impl super::Lmcache {
         })
     }
 
-    /// For each key with an unclaimed slot, claims one such slot. Returns the claimed slots in the
-    /// order of the keys.
+    /// Claims one unclaimed slot for each key that has an unclaimed slot. Returns the claimed slots
+    /// in the order of the keys.
     fn pick(&mut self, id: &RequestId, keys: &[String]) -> Vec<(usize, u64, SlotIndex)> {
         let wanted: HashSet<&str> = keys.iter().map(String::as_str).collect();
         let mut found: HashMap<&str, Vec<_>> = HashMap::new();

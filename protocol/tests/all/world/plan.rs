@@ -13,8 +13,8 @@ pub(crate) struct Plan {
     pub(crate) guarded: bool,
     pub(crate) net: NetPlan,
     pub(crate) requests: Vec<RequestPlan>,
-    /// Requests with the same ids come again after this many milliseconds, as from a proxy that
-    /// counts from 1 at each start; absent if they do not come again. An engine does not begin a
+    /// After this many milliseconds requests with the same ids come again, because LMCache's proxy
+    /// counts its ids from 1 at each start. Absent if no ids come again. An engine does not begin a
     /// request if it still has another request with the same id.
     pub(crate) again_ms: Option<u16>,
     pub(crate) faults: Vec<(u16, Fault)>,

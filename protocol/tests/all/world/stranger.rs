@@ -14,7 +14,7 @@ use super::{CHUNK, Happening, MS, World};
 pub(crate) const ROUTE: Route = Route(1 << 40);
 
 impl World {
-    /// Asks for slots, for an unknown request or for a parked request.
+    /// Sends an alloc request that names either an unknown request or a parked request.
     pub(crate) fn stranger_asks(&mut self) {
         let seq: u64 = self.rng.random_range(0..1000);
         let chunks = self.rng.random_range(1..6u32);
