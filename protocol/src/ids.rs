@@ -75,7 +75,7 @@ impl From<&str> for RequestId {
 pub struct Token(pub String);
 
 impl Token {
-    /// Returns true if the token has the form of one.
+    /// Returns true if the text has the form of a token.
     pub fn is_sound(&self) -> bool {
         self.0.len() == TOKEN_DIGITS
             && self

@@ -163,7 +163,7 @@ class Client:
 
     def keep(self, req: str, token: str, keys: list[str], *, tokens: int, upto: int, keep_ms: int) -> None:
         """Prefill: keeps a request's chunks in the engine until a decode side fetches them by the token. The answer is
-        `Granted` once one does, or `Ended`.
+        `Granted` when a decode side has fetched the KV, or `Ended`.
         """
         self.send(Keep(req, token, keys, tokens, upto, keep_ms))
 
@@ -194,7 +194,7 @@ class Client:
         self.send(Cancel(req))
 
     def expect(self, req: str, token: str, at: Keeper, *, epoch: int, keep_ms: int) -> None:
-        """Decode: announces a request whose KV a prefill engine keeps. The sidecar fetches it with `await_`."""
+        """Decode: announces a request whose KV a prefill engine keeps. The sidecar fetches the KV after `await_`."""
         self.send(Expect(req, token, at, epoch, keep_ms))
 
     def await_(

@@ -26,7 +26,7 @@ TOKEN = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
 EPOCH = (1 << 64) - 1
 PORT = FetchPort("10.0.0.1", 7600, EPOCH)
 SOURCE = KeptSource(TOKEN, (PORT,), 30_000)
-# As vllm-router 0.1.17 and vLLM's own example send it.
+# The parameters that vllm-router 0.1.17 and vLLM's own example send.
 P_LEG = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -127,7 +127,7 @@ def test_kept_kv_takes_its_share_of_the_blocks_only():
     assert response["pd"] == {"v": 1, "reason": "keep_full"}
     assert rig.step().cancelled == ["p-3"]
     assert rig.skipped() == {"keep_full": 1}
-    # The decode side reads that answer as a request that it computes.
+    # With this answer's parameters the decode side computes the request itself.
     assert transfer(response) is Skip.NOT_KEPT
     rig.step()
     rig.scheduler.reported(["p-1"], [])
@@ -193,7 +193,7 @@ def test_a_decode_request_that_needs_no_kv_drops_it(ending):
     elif ending != "skipped":
         assert rig.scheduler.finished(req, [], completed=False) == (False, None)
     metadata = rig.step()
-    # The sidecar learns of the KV and then that nobody wants it: only so can it tell the prefill side.
+    # The sidecar learns of the KV, and then learns that no request wants the KV. So it can tell the prefill side.
     assert metadata.expected == [("d-1", SOURCE)]
     assert metadata.dismissed == ["d-1"]
 
@@ -250,7 +250,7 @@ def test_reports_of_several_workers_are_merged():
     assert one.aggregate(two) == IdleReport(False, unmoved=True, fetch_ports={0: PORT, 1: None})
 
 
-# The connector as vLLM makes it.
+# A connector that is made as vLLM makes it.
 
 
 def test_one_process_keeps_and_the_other_fetches_from_the_first_request_on(tmp_path, monkeypatch):
@@ -339,14 +339,14 @@ def test_a_worker_gathers_kept_kv_although_the_engine_does_not_step(workers):
     message = workers.sender.next(wire.Keep)
     assert (message.req, message.token, message.keep_ms, message.keys) == ("a", TOKEN, 500, test_worker.KEYS)
     assert message.upto == message.tokens == test_worker.TOKENS
-    # The answer leaves with the end of the request, and the time begins then.
+    # The answer is sent at the end of the request, and the time begins at this moment.
     assert workers.sender.next(wire.Computing).upto == test_worker.TOKENS
     workers.sender.say(wire.Granted("a", 32, [], []), wire.Granted("a", 32, [1, 2], [0, 1]))
     assert workers.sender.next(wire.Staged).chunks == [1, 2]
     for slot, (first, end) in enumerate([(32, 64), (64, 80)]):
         expected = workers.kv(test_worker.TABLE, first, end)
         assert workers.chunk(slot, end - first).equal(expected)
-    # As with every push, the blocks are free once all wanted chunks are in slots. vLLM learns it with its next step.
+    # As with every push, the blocks are free once all wanted chunks are in slots. vLLM learns this in its next step.
     sent, _, _ = workers.until(lambda: not workers.worker._senders[0].is_waiting)
     assert sent == ["a"]
 

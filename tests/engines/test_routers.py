@@ -75,7 +75,7 @@ def fetching(pair: Pair) -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def routers() -> Path:
-    """Installs the routers, once. Returns the folder of their programs."""
+    """Installs the routers, once. Returns the folder of the routers' programs."""
     subprocess.run([ROOT / "scripts" / "routers.sh", ROUTERS], check=True)
     return ROUTERS / "bin"
 
@@ -127,7 +127,7 @@ def cores_used(pair: Pair) -> float:
 
 
 def legs(pair: Pair, tokens: list[int]) -> dict[str, object]:
-    """Sends both legs as such a router, and returns the parameters in the prefill leg's answer."""
+    """Sends both legs as a router that names no receiver, and returns the parameters in the prefill leg's answer."""
     told = prefill_leg(pair, tokens)
     decode_leg(pair, tokens, told)
     return told

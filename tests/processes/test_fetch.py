@@ -1,6 +1,6 @@
 """KV that a prefill engine keeps until a decode side fetches it: two sidecars as processes; no engine runs.
 
-A client at each sidecar takes the place of an engine, and the test that of the router.
+A client at each sidecar takes the place of an engine, and the test takes the place of the router.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Pair:
         self.decode.await_(req, KEYS, tokens=TOKENS, have_tokens=have, deadline_ms=10_000)
 
     def ends(self, *reqs: str) -> dict[str, str | None]:
-        """Plays both engines until these requests have ended. Returns the reasons; `None` is well."""
+        """Plays both engines until these requests have ended. Returns the reasons; `None` means success."""
         ends: dict[str, str | None] = {}
         deadline = time.monotonic() + BOUND_S
         while not ends.keys() >= set(reqs):
@@ -132,7 +132,7 @@ def test_a_decode_side_fetches_what_a_prefill_side_keeps(pair: Pair) -> None:
         record = sidecar.record(req)
         assert (record["reason"], record["chunks"], record["bytes"]) == (None, 2, TOKENS * TOKEN_BYTES)
         sidecar.wait_empty()
-    # The token has ended with the delivery.
+    # The token has ended, because the KV was delivered.
     late = pair.expect(token)
     pair.park(late)
     assert pair.ends(late) == {late: "duplicate"}
@@ -156,7 +156,7 @@ def test_kept_requests_are_shown_until_they_are_fetched(pair: Pair) -> None:
     (row,) = pair.sender.kept()
     assert (row["side"], row["rank"], row["req"], row["tokens"]) == ("sender", 0, kept, TOKENS)
     assert 0 <= row["kept_ms"] < BOUND_S * 1000
-    # Whoever has the token can fetch the KV.
+    # Any process that has the token can fetch the KV.
     assert token not in str(row)
     pair.park(req)
     assert pair.ends(kept, req) == {kept: None, req: None}
@@ -214,7 +214,7 @@ def test_a_prefill_sidecar_that_dies_ends_the_wait(pair: Pair) -> None:
 
 
 def test_a_stranger_learns_nothing_and_connects_the_sidecar_to_nothing(pair: Pair) -> None:
-    """Whoever reaches the fetch port without a token must not be able to use the sidecar as a proxy."""
+    """A process without a token must not be able to use the sidecar's fetch port as a proxy."""
     listener = zmq.Context.instance().socket(zmq.ROUTER)
     target = listener.bind_to_random_port("tcp://127.0.0.1")
     stranger = zmq.Context.instance().socket(zmq.DEALER)

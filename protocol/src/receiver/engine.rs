@@ -15,7 +15,7 @@ impl Receiver {
     pub(super) fn on_await(&mut self, engine: EngineId, message: Await) {
         let id = message.req.clone();
         if let Err(reason) = self.admit_await(&message) {
-            // The request that is parked under this id goes on.
+            // The request that is parked under this id continues.
             if reason != Reason::Duplicate {
                 self.drop_expected(&id);
             }

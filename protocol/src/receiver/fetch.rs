@@ -8,8 +8,8 @@
 //!              Gone ──Await──▶ the request ends at once
 //! ```
 //!
-//! The receiver remembers nothing of a fetch after the lease: from there on it knows the hand-over
-//! by the lease. All its messages may be lost. A lost `Drop` costs the prefill side the rest of the
+//! When a lease is granted, the receiver forgets the fetch: from then on the lease identifies the
+//! hand-over. All its messages may be lost. A lost `Drop` costs the prefill side the rest of the
 //! time for which it keeps the KV.
 
 use std::collections::BTreeMap;
@@ -66,7 +66,7 @@ impl Fetches {
         u32::try_from(self.expected.len()).unwrap_or(u32::MAX)
     }
 
-    /// Forgets a request: its KV is on its way.
+    /// Forgets a request whose KV is being pushed.
     pub(super) fn forget(&mut self, id: &RequestId) {
         self.expected.remove(id);
     }
@@ -79,7 +79,8 @@ impl Receiver {
         let id = message.req;
         let known = self.fetches.expected.get(&id);
         let same = known.is_some_and(|e| e.engine == engine && e.token == message.token);
-        // A parked request fetches already, and a receiver without an address cannot be written to.
+        // A parked request fetches already, and no sender can write to a receiver without an
+        // address.
         let is_late = self.requests.get(&id).is_some_and(|r| r.parked.is_some());
         let full = self.fetches.expected.len() >= self.config.max_requests * EXPECTED_PER_REQUEST;
         if same
@@ -118,7 +119,7 @@ impl Receiver {
         Some(reason)
     }
 
-    /// Asks the prefill side to push the KV of a parked request, if it waits there.
+    /// Asks the prefill side to push the KV of a parked request, if the KV waits at a prefill side.
     pub(super) fn fetch(&mut self, id: &RequestId) {
         let next = self.now + REPEAT;
         if let Some(expected) = self.fetches.expected.get_mut(id) {
@@ -202,7 +203,7 @@ impl Receiver {
         }
     }
 
-    /// Ends the parked requests that a prefill side cannot be asked for. Queued requests try again
+    /// Ends the parked requests whose prefill side cannot be reached. Queued requests try again
     /// when they park.
     pub(super) fn on_keeper_lost(&mut self, from: &Keeper, reason: Reason) {
         let parked = self.fetches.expected.iter();
@@ -220,7 +221,7 @@ impl Receiver {
     fn end_fetch(&mut self, id: &RequestId, reason: Reason) {
         self.fetches.forget(id);
         let asked = |r: &Request| !matches!(r.allocation, Allocation::None);
-        // A sender has asked already: the word belongs to an earlier fetch.
+        // A sender has already asked for slots, so the message belongs to an earlier fetch.
         if !self.requests.get(id).is_some_and(asked) {
             self.end_parked(id, reason, true);
         }
@@ -257,7 +258,7 @@ impl Receiver {
 }
 
 impl Expected {
-    /// Returns the time at which the next message is due, or the end.
+    /// Returns the time at which the next message or the end is due.
     fn deadline(&self) -> Time {
         match self.stage {
             Stage::Queued { next } => next.min(self.until),
@@ -278,7 +279,7 @@ impl Expected {
 
 /// Time after which a `Fetch` without an answer is repeated.
 const REPEAT: Duration = Duration::from_millis(500);
-/// Renewals in the time for which KV is kept, so two lost ones do not end it.
+/// Number of renewals in the time for which KV is kept. So two lost renewals do not end the KV.
 const RENEWALS_PER_TERM: u32 = 3;
 /// Shortest time between two renewals, whatever the request's parameters say.
 const MIN_RENEW: Duration = Duration::from_millis(100);

@@ -1,4 +1,4 @@
-//! KV that the engine keeps in its own blocks until a decode side fetches it.
+//! Handles KV that the engine keeps in its own blocks until a decode side fetches the KV.
 //!
 //! A router that names no receiver sends the decode request after the prefill request has ended.
 //! The engine then holds the KV, and the decode side's sidecar asks for it by a token.
@@ -16,11 +16,13 @@
 //! * Kept KV has no send slot. Slots go only to chunks for which a receiver with a parked request
 //!   has opened a slot, so two requests never wait for each other's slots.
 //! * A fetch that fails before its lease costs nothing: the KV is kept again, for a decode request
-//!   that is sent a second time. After the lease the engine may be gathering into granted slots, and
-//!   a late `Staged` could be taken for one of the next fetch. So then the KV ends.
+//!   that is sent a second time. After the lease the engine may be gathering into granted slots,
+//!   and a late `Staged` could look like a `Staged` of the next fetch. So a fetch that fails after
+//!   its lease ends the KV.
 //! * An unknown token leaves no state, and no address in its message is contacted.
-//! * Nothing is kept longer than [`Config::max_keep`](super::Config::max_keep) after it is computed,
-//!   renewed or not: two engines that keep KV for each other could otherwise wait for ever.
+//! * Nothing is kept longer than [`Config::max_keep`](super::Config::max_keep) after it is
+//!   computed, renewed or not: without this limit two engines that keep KV for each other could
+//!   wait for ever.
 
 mod store;
 
@@ -57,7 +59,8 @@ impl Sender {
         self.set_aside(&asked.req);
         if let Err(reason) = self.admit_keep(&asked) {
             self.tell_ended(engine, &asked.req, Some(reason), 0);
-            // The answer with the token may be on its way already: its decode side shall learn the reason.
+            // The answer with the token may be in flight already, so the decode side has to learn
+            // the reason.
             if reason != Reason::Duplicate && asked.token.is_sound() {
                 self.store.bury(asked.token, reason);
             }
@@ -66,7 +69,7 @@ impl Sender {
             self.actions.push_back(Action::Record(record));
             return;
         }
-        // The engine may offer KV again whose push has failed.
+        // If the push of KV has failed, the engine may offer the KV again.
         self.store.ended.retain(|(token, _)| *token != asked.token);
         let kept = Kept {
             engine,
@@ -119,7 +122,8 @@ impl Sender {
         }
     }
 
-    /// Notes that the engine computes tokens of kept KV. The time begins when all are computed.
+    /// Notes that the engine computes tokens of kept KV. The time for which the KV is kept begins
+    /// when all tokens are computed.
     pub(super) fn kept_computing(&mut self, engine: EngineId, req: &RequestId, upto: u32) {
         let (now, max_keep) = (self.now, self.config.max_keep);
         self.store.changes += 1;
@@ -181,7 +185,7 @@ impl Sender {
         }
     }
 
-    /// Ends kept KV: its blocks are the engine's again.
+    /// Ends kept KV, so that the engine may reuse its blocks.
     fn end_kept(&mut self, token: &Token, reason: Reason) {
         let Some(kept) = self.store.remove(token) else {
             return;
@@ -233,8 +237,8 @@ impl Sender {
         }
     }
 
-    /// Turns kept KV into a request to the receiver that fetches it. On the wire the request has the
-    /// decode side's id, and on the engine's connection the engine's.
+    /// Turns kept KV into a request to the receiver that fetches it. The messages to the receiver
+    /// have the decode side's id, and the messages to the engine have the engine's id.
     fn start_fetch(&mut self, from: FetcherId, fetch: Fetch, kept: Kept) {
         let id = kept.req.clone();
         // The rest of an earlier fetch may still wait for its receiver's answer under this id.
@@ -292,7 +296,8 @@ impl Sender {
                 r.record.req == drop.req && matches!(r.phase, Phase::Linking | Phase::Asking { .. })
             });
             if asks && let Some(request) = self.requests.get_mut(&id) {
-                // Without a way back the KV ends with the request.
+                // Let the time of the KV end now, so that the KV ends with the request and is not
+                // kept again.
                 if let Some(fetched) = &mut request.fetched {
                     fetched.term.deadline = self.now;
                 }
@@ -355,7 +360,7 @@ impl Sender {
         false
     }
 
-    /// Checks whether a message was meant for this start of this sidecar.
+    /// Checks whether a message is for the current start of this sidecar.
     fn check(&self, v: u32, epoch: Epoch) -> Result<(), Reason> {
         if v != VERSION {
             Err(Reason::VersionMismatch)

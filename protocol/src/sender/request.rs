@@ -24,7 +24,7 @@ pub(super) struct Request {
     /// Fetch that this request serves; absent if the prefill request named its receiver, and after
     /// the request has ended.
     pub(super) fetched: Option<Fetched>,
-    /// True if no proxy waits for a word about this request.
+    /// True if no proxy waits for a notification about this request.
     pub(super) unannounced: bool,
     pub(super) phase: Phase,
     pub(super) chunks: Vec<Chunk>,

@@ -180,7 +180,7 @@ fn kept_kv_ends_when_nobody_renews_and_at_the_limit_in_any_case() {
     assert!(side.machine.is_idle());
 }
 
-/// A preempted prefill request may stand still for long.
+/// A preempted prefill request may make no progress for a long time.
 #[test]
 fn the_time_begins_when_the_prompt_is_computed() {
     let mut side = Side::new();
@@ -223,7 +223,7 @@ fn a_fetch_becomes_a_request_with_the_decode_sides_id() {
     assert!(matches!(again[..], [(Reason::Duplicate, 1..)]), "{again:?}");
 }
 
-/// The engine has heard nothing of a fetch before its lease, so another decode side can have the KV.
+/// The engine does not know of a fetch before its lease, so another decode side can fetch the KV.
 #[test]
 fn a_fetch_that_fails_before_its_lease_leaves_the_kv_for_another() {
     let mut side = Side::new();
@@ -309,7 +309,8 @@ fn the_engines_end_and_cancel_end_its_kept_kv() {
 fn what_cannot_be_kept_ends_at_once() {
     let mut side = Side::new();
     assert!(side.keep(1).is_empty());
-    // A second `Keep` of the same request prolongs, of another request with its token it is refused.
+    // A second `Keep` of the same request extends the time. A `Keep` of another request with the
+    // same token is refused.
     assert!(side.keep(1).is_empty());
     let stolen = Keep {
         req: "p9".into(),

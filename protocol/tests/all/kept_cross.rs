@@ -42,8 +42,8 @@ fn a_share_of_the_blocks_prevents_the_deadlock() {
     assert!(outcome.ended_ms < 2000, "{outcome:?}");
 }
 
-/// One request is fetched and its KV lies in blocks, others are kept and wait. Kept KV has no slots,
-/// so the first finds all of them free.
+/// One request is being fetched, and the KV of other requests is kept. Kept KV has no slots, so all
+/// slots are free for the fetched request.
 #[test]
 fn kept_requests_do_not_take_the_slots_of_a_fetched_one() {
     let jobs = (0..6)

@@ -50,7 +50,7 @@ fn two_slots_are_enough_for_any_number() {
     }
 }
 
-/// The queue is longer than the 4 s for which KV is kept, so `Renew` has to prolong them.
+/// The queue is longer than the 4 s for which KV is kept, so `Renew` has to extend this time.
 #[test]
 fn a_queued_request_keeps_its_kv_alive_up_to_the_limit() {
     for (queue_ms, delivered) in [(3000, 5), (15_000, 5), (26_000, 1)] {

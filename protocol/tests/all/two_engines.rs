@@ -45,7 +45,7 @@ pub(crate) struct Plan {
 #[derive(Clone, Debug)]
 enum Leg {
     Prefill(usize),
-    /// With the token if the KV is kept.
+    /// The decode leg, with the token if the KV is kept.
     Decode(usize, Option<Token>),
 }
 

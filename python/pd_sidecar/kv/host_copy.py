@@ -47,7 +47,7 @@ class HostCopier:
 
     def __init__(self, pages: Geometry, buffer: mmap.mmap, slot_bytes: int) -> None:
         self._pages = pages
-        # Torch lets no thread outside of inference mode write to a tensor that was made inside it.
+        # If a tensor is made in inference mode, torch lets no thread outside of this mode write to the tensor.
         with torch.inference_mode(False):
             data = torch.frombuffer(buffer, dtype=torch.uint8)
             self._parts = [

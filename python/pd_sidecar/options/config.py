@@ -45,12 +45,12 @@ class Options:
     save_deadline_ms: int = 60_000
     """Milliseconds that a finished prefill request keeps its blocks while some of its chunks have no slot yet."""
     keep_ms: int = 30_000
-    """Milliseconds for which a finished prefill request that names no receiver keeps its blocks, without a word from a
-    decode side.
+    """Milliseconds for which a finished prefill request that names no receiver keeps its blocks if no decode side sends
+    a message.
     """
     keep_share: float = 0.5
-    """The largest part of the KV cache that such requests may keep, 0 to 1. Beyond it they are computed by the decode
-    side.
+    """The largest part of the KV cache that prefill requests without a receiver may keep, 0 to 1. The decode side
+    computes further requests.
     """
     push: str = "auto"
     """The moment of a gather on a GPU. `step` gathers after a step. `layers` gathers the first layers of a step while

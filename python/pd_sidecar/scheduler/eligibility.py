@@ -62,7 +62,7 @@ class Transfer:
     keeps: bool = False
     """Push: true if the router names no receiver, so that the engine keeps the KV until a decode side fetches it."""
     kept: KeptSource | None = None
-    """Load: the place where a prefill engine keeps the KV; `None` if a sender pushes it without being asked."""
+    """Load: the place where a prefill engine keeps the KV; `None` if a sender pushes the KV by itself."""
 
     @property
     def is_push(self) -> bool:
@@ -110,7 +110,7 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
         # LMCache's proxy names only the receiver.
         push = isinstance(spec, dict) and "receiver_host" in spec
     if not push and not load:
-        # Our prefill side says that it kept nothing, and its router sent the decode leg all the same.
+        # Our prefill side has answered that it kept nothing, but its router sent the decode leg nevertheless.
         return Skip.NOT_KEPT if "pd" in params else Skip.NO_PARAMS
     if spec is None and not (push and load):
         return _unnamed(params, keeps=bool(push))

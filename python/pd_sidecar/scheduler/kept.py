@@ -1,8 +1,8 @@
-"""KV for routers that name no receiver: the prefill engine keeps it, and the decode side fetches it.
+"""Keeps KV for routers that name no receiver: the prefill engine keeps the KV, and the decode side fetches the KV.
 
 The prefill leg says only `do_remote_decode`. The answer's `kv_transfer_params` have the fields of vLLM's NixlConnector,
-because routers check and pass on those, and one more, `pd`, that tells our decode side where the KV is. The router puts
-the whole object into the decode leg.
+because routers check these fields and pass them on. One more field, `pd`, tells our decode side where the KV is. The
+router puts the whole object into the decode leg.
 
 All numbers in the answer are below 2**53, and epochs are text: a router may decode numbers as floats.
 """
@@ -47,10 +47,10 @@ class KeepPolicy:
 
     engine_id: str
     keep_ms: int
-    """Milliseconds for which KV is kept without a word from the decode side."""
+    """Milliseconds for which KV is kept if the decode side sends no message."""
     blocks: int
-    """The most blocks that may be kept at one time. The rest serves new requests; without such a limit, two engines
-    that keep KV for each other's queues would wait until it expires.
+    """The largest number of blocks that may be kept at the same time. The other blocks serve new requests. If there
+    were no limit, two engines that keep KV for each other's queues would wait until the KV expires.
     """
 
 
@@ -66,14 +66,14 @@ class Keeping:
     is_alone: bool = False
     """True if this connector is known to be no child of a MultiConnector."""
     pinned: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
-    """Blocks that this object holds by references of its own, so that vLLM forgets their request at once: vLLM steps
-    without a pause while it delays the freeing of a request's blocks. vLLM delays it nevertheless if there is no pool,
-    and under MultiConnector: there another child may report the same request, and vLLM must hear that.
+    """Blocks that this object holds by references of its own, so that vLLM forgets the blocks' request at once: while
+    vLLM delays the freeing of a request's blocks, it steps without a pause. vLLM delays the freeing nevertheless if
+    there is no pool, or under MultiConnector, where another child may report the same request to vLLM.
     """
     _blocks: dict[str, int] = field(default_factory=dict)
 
     def learn(self, ports: Mapping[int, FetchPort | None], *, is_alone: bool = False) -> None:
-        """Takes the fetch ports that a worker reports; `None` for a rank whose sidecar is gone or has none."""
+        """Stores the fetch ports that a worker reports; `None` for a rank whose sidecar is gone or has no such port."""
         self.is_alone = is_alone
         for rank, port in ports.items():
             if port is None:
@@ -86,7 +86,7 @@ class Keeping:
         return self.policy is not None and all(rank in self.ports for rank in range(ranks))
 
     def hold(self, engine_id: str, blocks: Sequence[int]) -> bool:
-        """Returns true if the request's blocks are within the limit, and holds them."""
+        """Holds the request's blocks if they are within the limit, and returns true in this case."""
         if self.policy is None or sum(self._blocks.values()) + len(blocks) > self.policy.blocks:
             return False
         self._blocks[engine_id] = len(blocks)
@@ -96,15 +96,16 @@ class Keeping:
         return True
 
     def release(self, engine_id: str) -> bool:
-        """Returns true if the request's blocks were held, and holds them no longer."""
+        """Releases the request's blocks. Returns true if they were held."""
         if self.pool is not None and (pinned := self.pinned.pop(engine_id, None)) is not None:
-            # As vLLM does: the end of a prompt is of less use to other requests than its beginning.
+            # Free the last block first, as vLLM does: other requests can reuse the beginning of a prompt more often
+            # than its end.
             self.pool.free_blocks(reversed(pinned))
         return self._blocks.pop(engine_id, None) is not None
 
     @property
     def keep_ms(self) -> int:
-        """The milliseconds for which KV is kept without a word from the decode side."""
+        """The milliseconds for which KV is kept if the decode side sends no message."""
         return self.policy.keep_ms if self.policy is not None else 0
 
     def answer(self, token: str, tokens: int) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class Keeping:
         return {
             **self._fields(),
             "do_remote_prefill": True,
-            # Some routers take an empty list for "nothing was prefilled". The ids themselves mean nothing to us.
+            # Some routers understand an empty list as "nothing was prefilled". Our connector does not read the ids.
             "remote_block_ids": [[1]],
             "remote_request_id": token,
             "remote_host": ports[0].host,
@@ -152,12 +153,16 @@ class Keeping:
 
 
 def new_token() -> str:
-    """Returns a token that nobody can guess. Whoever has it can fetch the KV, so no log may hold it."""
+    """Returns a token that nobody can guess. Any process that has the token can fetch the KV, so no log may contain the
+    token.
+    """
     return secrets.token_hex(16)
 
 
 def source_of(params: Mapping[str, Any]) -> KeptSource | None:
-    """Reads the decode leg's parameters. They come from the network. Returns `None` if they do not name kept KV."""
+    """Reads the decode leg's parameters, which come from the network. Returns `None` if the parameters do not name kept
+    KV.
+    """
     token, pd = params.get("remote_request_id"), params.get("pd")
     if not isinstance(token, str) or not TOKEN.fullmatch(token) or not isinstance(pd, dict):
         return None
@@ -188,4 +193,4 @@ EPOCH = re.compile(r"[0-9a-f]{16}")
 HOST = re.compile(r"[\w.:\[\]%-]{1,253}", re.ASCII)
 """A name or an address, also of IPv6 with its zone."""
 MAX_KEEP_MS = 3_600_000
-"""The longest time that a decode side believes."""
+"""The longest time that a decode side accepts from the network."""

@@ -35,7 +35,7 @@ class PushStart:
     token: str = ""
     """The name under which the engine keeps the KV; empty if the request names its receiver."""
     keep_ms: int = 0
-    """Milliseconds for which the KV is kept without a word from a decode side."""
+    """Milliseconds for which the KV is kept if no decode side sends a message."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LoadStart:
     tags: list[str] = field(default_factory=list)
     """As in `PushStart`."""
     source: KeptSource | None = None
-    """The place where a prefill engine keeps the KV; `None` if a sender pushes it without being asked."""
+    """The place where a prefill engine keeps the KV; `None` if a sender pushes the KV by itself."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class DisabledNotice(KVConnectorHandshakeMetadata):
 
 @dataclass(frozen=True)
 class FetchNotice(KVConnectorHandshakeMetadata):
-    """A worker's sidecars can keep KV for decode sides. The scheduler's half learns it before the first request."""
+    """A worker's sidecars can keep KV for decode sides. The scheduler's half learns this before the first request."""
 
     ports: dict[int, FetchPort | None]
     """As `IdleReport.fetch_ports`."""
@@ -153,8 +153,8 @@ class IdleReport(KVConnectorWorkerMetadata):
     unmoved: bool = False
     """True if the worker cannot move this model's KV."""
     fetch_ports: dict[int, FetchPort | None] = field(default_factory=dict)
-    """By rank, the ports of the sidecars that this worker has connected to since its last report; `None` for a sidecar
-    without one.
+    """The fetch ports, by rank, of the sidecars to which this worker has connected since its last report; `None` for a
+    sidecar without a fetch port.
     """
     is_alone: bool = False
     """True if the worker's connector is no child of a MultiConnector."""

@@ -25,5 +25,5 @@ def scheduled(output: SchedulerOutput) -> Iterator[tuple[str, list[int], bool, i
 
 
 def _only_group(blocks: tuple[list[int], ...] | None) -> list[int]:
-    # With several groups there is no `Push`, so no code uses the first group's blocks.
+    # If there are several groups, the scheduler makes no `Push`, so no code uses the first group's blocks.
     return blocks[0] if blocks else []

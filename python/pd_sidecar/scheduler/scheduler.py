@@ -160,7 +160,7 @@ class Scheduler:
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 
     def arrived(self, request: Request) -> None:
-        """Handles a request that vLLM puts into its queue: its KV must not expire while it waits."""
+        """Handles a request that vLLM puts into its queue: its KV must not expire while the request waits."""
         params = request.kv_transfer_params
         if isinstance(params, dict) and "pd" in params:
             self._state(request)
@@ -271,7 +271,9 @@ class Scheduler:
         return False, None
 
     def reported(self, sent: Collection[str], received: Collection[str]) -> set[str]:
-        """Handles the workers' report that these requests are done. Returns those that vLLM has forgotten already."""
+        """Handles the workers' report that these requests are done. Returns the requests that vLLM has forgotten
+        already.
+        """
         forgotten = {engine_id for engine_id in sent if engine_id in self.keeping.pinned}
         for engine_id in received:
             state = self._states.get(engine_id)
@@ -308,7 +310,8 @@ class Scheduler:
         if isinstance(wish, Skip):
             return Skipped(wish)
         if not wish.req:
-            # The two engines know such a request under different ids. The decode side's is the one on the wire.
+            # The two engines know a request without `req` under different ids. The messages between the sidecars have
+            # the decode side's id.
             wish = dataclasses.replace(wish, req=request.request_id)
         skip = unserved(request)
         if self._role.kv_groups != 1:

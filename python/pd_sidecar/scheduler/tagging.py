@@ -1,4 +1,4 @@
-"""Decides what the keys of a request's chunks say beside its tokens: the adapter and the salt."""
+"""Decides which tags the keys of a request's chunks get for its adapter and its salt."""
 
 from __future__ import annotations
 

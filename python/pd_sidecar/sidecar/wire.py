@@ -159,7 +159,9 @@ class Keeper(msgspec.Struct, frozen=True):
 
 
 class Expect(_Message, rename={"from_": "from"}):
-    """Decode: the KV of a request waits at a prefill side. The sidecar keeps it there until the request's `Await`."""
+    """Decode: the KV of a request waits at a prefill side. The sidecar makes the prefill side keep the KV until the
+    request's `Await`.
+    """
 
     req: str
     token: str

@@ -211,7 +211,7 @@ class Receiver:
         self._by_engine_id[start.engine_id] = incoming
         self._by_req[start.req] = incoming
         if start.source is not None:
-            # Once more, for a sidecar that has restarted since the request arrived.
+            # Send `Expect` again, for a sidecar that has restarted since the request arrived.
             self._expect(start.req, start.source)
         try:
             self._client.await_(

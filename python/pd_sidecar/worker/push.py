@@ -172,7 +172,7 @@ class Sender:
         out: set[str] = set()
         for engine_id, outgoing in list(self._by_engine_id.items()):
             since = outgoing.held_since
-            # The sidecar bounds the time of kept KV.
+            # For kept KV the sidecar limits the time.
             if since is not None and not outgoing.start.token and now > since + self._rank.save_deadline_s:
                 self._give_up(outgoing, "save_deadline")
             if not outgoing.over or outgoing.gathering:
@@ -259,7 +259,7 @@ class Sender:
         )
 
     def _restart_keep(self, outgoing: Outgoing) -> None:
-        """Tells the sidecar that the answer leaves now, so that the time for which it keeps the KV begins."""
+        """Tells the sidecar that the answer leaves now, so that the time for which the KV is kept begins."""
         if not outgoing.start.token or outgoing.over:
             return
         try:

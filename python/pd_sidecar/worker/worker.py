@@ -6,8 +6,8 @@ On a GPU the engine's thread launches a step and returns up to a second later, w
 second thread (`poller`) handles new grants and new chunks, and launches their moves. No thread waits between a move and
 its push: CUDA events keep the two in order.
 
-On a CPU the engine's thread makes all moves, in its steps. Once the engine keeps KV for decode sides, the second thread
-runs there, too: it makes the moves between the steps, and the lock keeps the two threads apart.
+On a CPU the engine's thread makes all moves, in its steps. If the engine keeps KV for decode sides, the second thread
+also runs on a CPU: it makes the moves between the steps, and a lock prevents that both threads move at the same time.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Worker:
         self._idle_report: IdleReport | None = None
         self._known_ports: dict[int, FetchPort | None] = {}
         self._fetch_ports: dict[int, FetchPort | None] = {}
-        """By rank, what the scheduler's half does not know yet of the senders' fetch ports."""
+        """The senders' fetch ports, by rank, that the scheduler's half does not know yet."""
         self._reported = False
         self._is_asked = False
         self._lock = threading.RLock()
@@ -143,7 +143,7 @@ class Worker:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Runs before the forward: hands the step to each connection."""
-        # An engine that keeps KV does not step while a decode side fetches it, so the thread gathers it.
+        # An engine that keeps KV does not step while a decode side fetches it, so the poller's thread gathers the KV.
         keeps = any(start.token for start in metadata.push_starts)
         if (self._is_asynchronous or keeps) and self._poller is None:
             # Start the thread only in the first step: before it, the engine may be capturing graphs.
@@ -247,8 +247,8 @@ class Worker:
         return self._idle_report
 
     def first_fetch_ports(self, wait_s: float) -> dict[int, FetchPort | None]:
-        """Returns the fetch ports of the sidecars that are connected, after at most `wait_s` for those that are not.
-        The engine's thread calls it once, before the first step.
+        """Returns the fetch ports of the sidecars that are connected. Waits at most `wait_s` for the other sidecars.
+        The engine's thread calls this method once, before the first step.
         """
         clients = [link.client for link in self._links if isinstance(link.end, Sender)]
         deadline = time.monotonic() + wait_s
@@ -419,4 +419,4 @@ def range_ends(layers: int) -> list[int]:
 
 
 CONNECT_PAUSE_S = 0.01
-"""Seconds between two looks at connections that a starting engine waits for."""
+"""Seconds between two checks of the connections that a starting engine waits for."""

@@ -133,7 +133,7 @@ impl World {
     /// Takes a decode request out of the queue, because it has blocks now.
     pub(crate) fn unqueue(&mut self, id: &str) -> Option<RequestPlan> {
         let leg = self.legs.queued.remove(id)?;
-        // The sidecar may have restarted since.
+        // The sidecar may have restarted since the request was queued.
         self.expect(id, &leg);
         Some(leg.plan)
     }
@@ -176,7 +176,7 @@ impl World {
     pub(crate) fn stranger_fetches(&mut self) {
         let req = format!("r{}", self.rng.random_range(0..4));
         for _ in 0..4 {
-            // Half of the tokens have the form of one.
+            // Half of the texts have the form of a token.
             let guess: u128 = self.rng.random();
             let token = Token(format!(
                 "{guess:0width$x}",
@@ -209,8 +209,8 @@ impl World {
             let from = STRANGER;
             let event = sender::Event::Fetcher { from, message };
             self.p.handle(protocol::Time(self.now), event);
-            // The decode side connects to the fetch port itself, so only a prefill side that a request
-            // names can send it this.
+            // The decode side connects to the fetch port itself, so only a prefill side that a
+            // request names can send this message.
             let gone = ToFetcher::Gone(Gone {
                 v,
                 token,
