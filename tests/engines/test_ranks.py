@@ -32,7 +32,8 @@ LENGTHS = (1, 300, 1100)
 @pytest.fixture(scope="module")
 def started(logs: Path) -> Iterator[Pair]:
     options = PairOptions(
-        write_model(ROOT / "target" / "model"), logs, prefill_workers=2, decode_workers=1, ranks=RANKS, prefix="ranks-",
+        write_model(ROOT / "target" / "model"), logs, prefill_workers=2, decode_workers=1, ranks=RANKS,
+        forked=True, prefix="ranks-",
         # Each worker gets a quarter of the KV memory that an engine of the session's pair has.
         more=("--kv-cache-memory-bytes", str(256 << 20)),
         sidecar_keys={

@@ -24,13 +24,14 @@ BOUND_S = 20.0
 SOME = 6
 
 
-@pytest.fixture
-def second(pair: Pair) -> Iterator[tuple[Engine, Sidecar]]:
+# The last test kills this engine, so that it starts only once for all tests.
+@pytest.fixture(scope="module")
+def second(engines: tuple[Pair, Reference]) -> Iterator[tuple[Engine, Sidecar]]:
+    pair, _ = engines
+    pair.restore()
     # The folder is not inside the repository, because the path of a unix socket has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="pd-"))
     engine, sidecar = pair.another_decoder(folder)
-    # Start the engine as vLLM's CPU build does by default, so that `kill_core` finds the engine's core process by name.
-    engine.options = replace(engine.options, forked=False)
     # The API server stays alive after its core has died, and the proxy must handle the server's errors.
     engine.options.env["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
     engine.options = replace(engine.options, more=(*engine.options.more, "--no-enable-prefix-caching"))
@@ -67,6 +68,29 @@ def is_decoder(instance: dict[str, object]) -> bool:
     return instance["role"] == "decode" and standing["state"] == "ready"
 
 
+def test_sequences_without_a_prefix_cache(pair: Pair, reference: Reference, second: tuple[Engine, Sidecar]) -> None:
+    """Without a prefix cache, each sequence has its own blocks. The KV is moved once, and copied into these blocks."""
+    engine, sidecar = second
+    for length in (1, 64, 600):
+        tokens = prompt(length, seed=420)
+        request = {"prompt": tokens, "max_tokens": 16, "temperature": 1.0, "seed": 5, "n": 3, "ignore_eos": True}
+        request["return_token_ids"] = True
+        before = engine.prompt_tokens()
+        req = f"sequences-{length}"
+        # Like the proxy, send no seed in the prefill leg. A seed crashes vLLM's CPU engine on a prompt of several
+        # steps.
+        answer = pair.legs(req, {"prompt": tokens, "temperature": 0}, request, decoder=second)
+        expect = reference.post("/v1/completions", request)
+        assert [c["token_ids"] for c in answer["choices"]] == [c["token_ids"] for c in expect["choices"]]
+        check_tokens(engine.prompt_tokens() - before, 3 * length, requests=3)
+        assert sidecar.record(req)["bytes"] == length * KV_BYTES_PER_TOKEN
+        assert engine.metrics().sum("vllm:pd_sidecar_copied_tokens") > 0
+    deadline = time.monotonic() + BOUND_S
+    while (engine.requests(), engine.cache_usage()) != (0, 0.0):
+        assert time.monotonic() < deadline, "blocks are held"
+    sidecar.wait_empty()
+
+
 def test_both_decode_and_the_core_of_one_dies(pair: Pair, reference: Reference, second: tuple[Engine, Sidecar]) -> None:
     used = set()
     for number in range(4):
@@ -99,26 +123,3 @@ def test_both_decode_and_the_core_of_one_dies(pair: Pair, reference: Reference, 
     records = pair.proxy.records()[-len(traffic.results) :]
     assert {record["outcome"] for record in records} == {"done"}, records
     assert "decode_retry" in {record["alone"] for record in records}, "no request was on the engine that died"
-
-
-def test_sequences_without_a_prefix_cache(pair: Pair, reference: Reference, second: tuple[Engine, Sidecar]) -> None:
-    """Without a prefix cache, each sequence has its own blocks. The KV is moved once, and copied into these blocks."""
-    engine, sidecar = second
-    for length in (1, 64, 600):
-        tokens = prompt(length, seed=420)
-        request = {"prompt": tokens, "max_tokens": 16, "temperature": 1.0, "seed": 5, "n": 3, "ignore_eos": True}
-        request["return_token_ids"] = True
-        before = engine.prompt_tokens()
-        req = f"sequences-{length}"
-        # Like the proxy, send no seed in the prefill leg. A seed crashes vLLM's CPU engine on a prompt of several
-        # steps.
-        answer = pair.legs(req, {"prompt": tokens, "temperature": 0}, request, decoder=second)
-        expect = reference.post("/v1/completions", request)
-        assert [c["token_ids"] for c in answer["choices"]] == [c["token_ids"] for c in expect["choices"]]
-        check_tokens(engine.prompt_tokens() - before, 3 * length, requests=3)
-        assert sidecar.record(req)["bytes"] == length * KV_BYTES_PER_TOKEN
-        assert engine.metrics().sum("vllm:pd_sidecar_copied_tokens") > 0
-    deadline = time.monotonic() + BOUND_S
-    while (engine.requests(), engine.cache_usage()) != (0, 0.0):
-        assert time.monotonic() < deadline, "blocks are held"
-    sidecar.wait_empty()

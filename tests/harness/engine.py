@@ -146,7 +146,8 @@ class Engine(Part):
         """
         assert self.process is not None
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        cores = [pid for pid in children if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        # A fork has the name of its worker, which runs in the same process.
+        cores = [pid for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"VLLM::")]
         assert len(cores) == 1, f"one engine core among the children of {self.process.pid}: {children}"
         os.kill(int(cores[0]), signal.SIGKILL)
 

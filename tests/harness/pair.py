@@ -40,7 +40,7 @@ class PairOptions:
     prefill_workers: int = 1
     decode_workers: int = 1
     ranks: int = 1
-    # True if the engines with one worker start in half the time; see `EngineOptions.forked`.
+    # True if the engines start in half the time; see `EngineOptions.forked`.
     forked: bool = False
     # Prefix of the names of the processes and of their log files.
     prefix: str = ""
@@ -324,7 +324,7 @@ class Pair:
             kv_transfer=kv_transfer,
             core=core,
             workers=workers,
-            forked=self.options.forked and workers == 1,
+            forked=self.options.forked,
             lora=self.options.lora,
             more=self.options.more,
             env={"PYTHONPATH": os.pathsep.join(path)},

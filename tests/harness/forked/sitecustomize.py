@@ -7,13 +7,17 @@ cores these imports take more than half of an engine's start. On a GPU vLLM fork
 from __future__ import annotations
 
 import multiprocessing
+import os
 from multiprocessing.context import BaseContext
 
 _get_context = multiprocessing.get_context
+_api_server = os.getpid()
 
 
 def _forking(method: str | None = None) -> BaseContext:
-    return _get_context("fork" if method == "spawn" else method)
+    # The engine process has threads when it starts the workers of a tensor-parallel engine. A fork could find one of
+    # their locks taken and wait for ever, so these workers are new interpreters.
+    return _get_context("fork" if method == "spawn" and os.getpid() == _api_server else method)
 
 
 multiprocessing.get_context = _forking  # type: ignore[assignment]
