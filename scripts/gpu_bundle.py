@@ -68,7 +68,7 @@ if [ ! -e "$to/site/vllm" ]; then
 tarfile.open(fileobj=sys.stdin.buffer, mode='r|xz').extractall('$to/site', filter='fully_trusted')"
 fi
 cat > "$to/env.sh" <<END
-export PYTHONPATH=$to/site:$to/lmcache:$to/nixl PD_GPU_BINARIES=$to/repo/bin
+export PYTHONPATH=$to/site:$to/lmcache:$to/nixl PD_BINARIES=$to/repo/bin
 capi=\$(ls $to/nixl/.nixl_cu13.mesonpy.libs/libnixl_capi.so $to/nixl/nixl_cu13.libs/libnixl_capi* 2>/dev/null)
 export PD_NIXL_CAPI=\$(echo "\$capi" | head -n1)
 export VENV= GPU_PYTHON=python3

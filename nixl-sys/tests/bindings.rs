@@ -15,7 +15,7 @@ const WRITE: &str = "PD_WRITE_BINDINGS";
 fn bindings_are_those_of_the_header() {
     if std::env::var_os(LIBCLANG).is_none() {
         eprintln!(
-            "SKIP (`make lint` runs this test): {LIBCLANG} is not set, so libclang is not found"
+            "SKIP (`make unit` runs this test): {LIBCLANG} is not set, so libclang is not found"
         );
         return;
     }

@@ -6,12 +6,15 @@ Writes target/bench.json (flat) and target/bench.md (the table of docs/benchmark
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+os.environ.setdefault("PD_BINARIES", str(TESTS.parent / "target" / "release"))
 
 from harness.process import ended_by_signals
 from harness.progress import Progress

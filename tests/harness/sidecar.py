@@ -17,9 +17,10 @@ from harness.ports import free_port
 from harness.process import Part, Process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# In a bundle for a GPU host, PD_GPU_BINARIES names the folder of the binaries.
-_BUILT = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
-BINARIES = Path(os.environ.get("PD_GPU_BINARIES") or _BUILT)
+# The folder of our programs. The tests use the build that the unit tests have compiled already, so that `make test`
+# compiles everything only once. Demo, benchmarks and GPU tests set PD_BINARIES to the folder of the release build.
+_TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+BINARIES = Path(os.environ.get("PD_BINARIES") or _TARGET / "debug")
 
 # Tokens per chunk: the default of LMCache and of the sidecar.
 CHUNK_TOKENS = 256
