@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Builds the wheel that contains everything: the sidecar, pd-proxy and the Python package.
-#   wheel.sh DIRECTORY PYTHON [PROFILE]
-# PROFILE is a profile of Cargo: `release` (default), or `dev`, which the tests have compiled already.
+#   wheel.sh DIRECTORY PYTHON [PROGRAMS]
+# PROGRAMS is a folder with programs that are built already. Without it, the script makes the release build.
 set -euo pipefail
 
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 python=$2
-profile=${3:-release}
+programs=${3:+$(cd "$3" && pwd)}
 cd "$(dirname "$0")/.."
 log=target/wheel.log
 
-cargo build --profile "$profile" --locked --bin sidecar --bin pd-proxy
-# Cargo keeps the files of its profile `dev` in the folder `debug`.
-built=${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}
+if [ -z "$programs" ]; then
+  cargo build --release --locked --bin sidecar --bin pd-proxy
+  programs=${CARGO_TARGET_DIR:-target}/release
+fi
 mkdir -p target/wheel
 for program in sidecar pd-proxy; do
-  strip -o "target/wheel/$program" "$built/$program"
+  strip -o "target/wheel/$program" "$programs/$program"
 done
 if ! "$python" -m pip wheel --no-deps --disable-pip-version-check --progress-bar off --wheel-dir "$out" ./wheel \
   >"$log" 2>&1; then
