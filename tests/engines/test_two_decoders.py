@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.client import HttpError, call, complete
-from harness.engine import Engine, wait_for
+from harness.engine import Engine, EngineOptions
 from harness.model import KV_BYTES_PER_TOKEN
 from harness.pair import Pair, check_tokens
-from harness.progress import Progress
 from harness.prompts import prompt
 from harness.reference import Reference
 from harness.sidecar import Sidecar
@@ -29,29 +26,19 @@ SOME = 6
 def second(engines: tuple[Pair, Reference]) -> Iterator[tuple[Engine, Sidecar]]:
     pair, _ = engines
     pair.restore()
-    # The folder is not inside the repository, because the path of a unix socket has at most 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="pd-"))
-    engine, sidecar = pair.another_decoder(folder)
-    # The API server stays alive after its core has died, and the proxy must handle the server's errors.
-    engine.options.env["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
-    engine.options = replace(engine.options, more=(*engine.options.more, "--no-enable-prefix-caching"))
-    try:
-        sidecar.start()
-        engine.start()
-        wait_for([engine], Progress())
-        engine.warm_up()
-        sidecar.wait_ready()
-        wait_for_decoders(pair, 2)
-        yield engine, sidecar
-    finally:
-        for part in (sidecar, engine):
-            part.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def change(options: EngineOptions) -> EngineOptions:
+        # The API server stays alive after its core has died, and the proxy must handle the server's errors.
+        env = {**options.env, "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
+        return replace(options, env=env, more=(*options.more, "--no-enable-prefix-caching"))
+
+    with pair.another_decoder(change, lambda _: len(decoders(pair)) == 2) as started:
+        yield started
 
 
 def wait_for_decoders(pair: Pair, count: int, bound_s: float = 15.0) -> None:
     deadline = time.monotonic() + bound_s
-    while len(ready := [i for i in pair.proxy.instances() if is_decoder(i)]) != count:
+    while len(ready := decoders(pair)) != count:
         assert time.monotonic() < deadline, ready
         time.sleep(0.05)
 
@@ -62,10 +49,9 @@ def wait_for_request(engine: Engine, bound_s: float = 20.0) -> None:
         assert time.monotonic() < deadline, "it gets no requests"
 
 
-def is_decoder(instance: dict[str, object]) -> bool:
-    standing = instance["standing"]
-    assert isinstance(standing, dict)
-    return instance["role"] == "decode" and standing["state"] == "ready"
+def decoders(pair: Pair) -> list[dict[str, Any]]:
+    """Returns the decode instances to which the proxy sends requests."""
+    return [i for i in pair.proxy.instances() if (i["role"], i["standing"]["state"]) == ("decode", "ready")]
 
 
 def test_sequences_without_a_prefix_cache(pair: Pair, reference: Reference, second: tuple[Engine, Sidecar]) -> None:

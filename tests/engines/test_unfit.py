@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 from harness.client import complete, post_json
-from harness.engine import Engine, wait_for
+from harness.engine import Engine, EngineOptions
 from harness.model import LAYERS, write_gemma, write_model
 from harness.pair import Pair, PairOptions, pair_of
 from harness.progress import Progress
@@ -70,29 +67,20 @@ def test_kv_that_the_connector_cannot_read(gemmas: Pair) -> None:
 @pytest.fixture
 def deeper(pair: Pair) -> Iterator[Engine]:
     """Replaces the pair's decode engine by an engine with one more layer, as if only one side had a draft model."""
-    folder = Path(tempfile.mkdtemp(prefix="pd-"))
-    engine, sidecar = pair.another_decoder(folder)
-    model = write_model(ROOT / "target" / f"model-{LAYERS + 1}", layers=LAYERS + 1)
-    transfer = engine.options.kv_transfer
-    assert transfer is not None
-    # Give the model the same name, so that only the number of layers differs.
-    transfer["kv_connector_extra_config"]["model_name"] = str(pair.options.model)
-    engine.options = replace(engine.options, model=model)
-    # The session's decode engine keeps running. The proxy does not know the session's decode engine while the engine's
+
+    def change(options: EngineOptions) -> EngineOptions:
+        assert options.kv_transfer is not None
+        # Give the model the same name, so that only the number of layers differs.
+        options.kv_transfer["kv_connector_extra_config"]["model_name"] = str(pair.options.model)
+        return replace(options, model=write_model(ROOT / "target" / f"model-{LAYERS + 1}", layers=LAYERS + 1))
+
+    # The session's decode engine keeps running. The proxy does not know that engine while the engine's
     # sidecar is stopped.
     pair.receiver.stop()
     try:
-        sidecar.start()
-        engine.start()
-        wait_for([engine], Progress())
-        engine.warm_up()
-        sidecar.wait_ready()
-        _until(lambda: _instance(pair, "decode")["http"].startswith(engine.url))
-        yield engine
+        with pair.another_decoder(change, lambda e: _instance(pair, "decode")["http"].startswith(e.url)) as (engine, _):
+            yield engine
     finally:
-        for part in (sidecar, engine):
-            part.stop()
-        shutil.rmtree(folder, ignore_errors=True)
         pair.restore()
 
 
@@ -119,10 +107,3 @@ def _instance(pair: Pair, role: str) -> dict[str, Any]:
 
 def _log(pair: Pair) -> list[str]:
     return (pair.options.logs / "proxy.log").read_text(errors="replace").splitlines()
-
-
-def _until(holds: Any, bound_s: float = 15.0) -> None:
-    deadline = time.monotonic() + bound_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from harness.model import KV_BYTES_PER_TOKEN
 from harness.process import leave_running
 from harness.progress import Progress
 from harness.proxy import Proxy
-from harness.sidecar import CHUNK_TOKENS, ROOT, Sidecar, SidecarOptions
+from harness.sidecar import CHUNK_TOKENS, ROOT, START_BOUND_S, Sidecar, SidecarOptions
 
 CHUNK_BYTES = CHUNK_TOKENS * KV_BYTES_PER_TOKEN
 
@@ -177,16 +177,36 @@ class Pair:
         if errors:
             raise errors[0]
 
-    def another_decoder(self, folder: Path) -> tuple[Engine, Sidecar]:
-        """Makes a second decode instance that registers with the same proxy, without starting it."""
-        options = replace(self._standard[self.receiver.name], engine_url="")
-        sidecar = Sidecar(options, folder, self.options.logs, name="second-receiver")
-        engine = Engine(
-            self._engine("second decode engine", "kv_consumer", self.options.decode_block, None, 1, sidecar),
-            self.options.logs,
-        )
-        options.engine_url = engine.url
-        return engine, sidecar
+    @contextlib.contextmanager
+    def another_decoder(
+        self, change: Callable[[EngineOptions], EngineOptions], registered: Callable[[Engine], bool]
+    ) -> Iterator[tuple[Engine, Sidecar]]:
+        """Runs a second decode instance at the same proxy inside the block.
+
+        `change` returns the engine's options, which differ from the first decode engine's. The block begins when
+        `registered` returns true.
+        """
+        # The folder is not inside the repository, because the path of a unix socket has at most 107 bytes.
+        folder = Path(tempfile.mkdtemp(prefix="pd-"))
+        sidecar = Sidecar(replace(self._standard[self.receiver.name]), folder, self.options.logs, "second-receiver")
+        options = self._engine("second decode engine", "kv_consumer", self.options.decode_block, None, 1, sidecar)
+        engine = Engine(change(options), self.options.logs)
+        sidecar.options.engine_url = engine.url
+        try:
+            sidecar.start()
+            engine.start()
+            wait_for([engine], Progress())
+            engine.warm_up()
+            sidecar.wait_ready()
+            deadline = time.monotonic() + START_BOUND_S
+            while not registered(engine):
+                assert time.monotonic() < deadline, self.proxy.instances()
+                time.sleep(0.05)
+            yield engine, sidecar
+        finally:
+            for part in (sidecar, engine):
+                part.stop()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def leave_running(self) -> list[int]:
         """Lets all processes outlive this interpreter. Returns their process groups, so that a user can stop them."""

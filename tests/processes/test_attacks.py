@@ -11,11 +11,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -28,6 +27,7 @@ from harness.client import call
 from harness.listening import listening
 from harness.ports import free_port
 from harness.proxy import Proxy
+from harness.scripted import JsonHandler, serving
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, ROOT, Sidecar, SidecarOptions
 from test_strangers import LAYOUT, Sides, hello, keys
 from test_two_hosts import other_host
@@ -318,20 +318,18 @@ def test_cancels_of_what_is_not_ones_own_end_nothing(victims: Field) -> None:
 class Scripted:
     """An engine's HTTP server on the victim's end of the veth. The server records the requests that it gets."""
 
-    def __init__(self) -> None:
+    def __init__(self, stack: ExitStack) -> None:
         self.asked: list[str] = []
         scripted = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(JsonHandler):
             def do_GET(self) -> None:
                 scripted.asked.append(f"GET {self.path}")
                 self.answer({})
 
             def do_POST(self) -> None:
                 scripted.asked.append(f"POST {self.path}")
-                body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
+                body = self.body()
                 if body.get("stream") and body.get("prompt") == "endless":
                     self.never_end()
                     return
@@ -355,27 +353,7 @@ class Scripted:
                 except OSError:
                     pass
 
-            def answer(self, body: dict[str, Any]) -> None:
-                text = json.dumps(body).encode()
-                self.send_response(200)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Does nothing: the proxy has its own log."""
-
-        self._server = ThreadingHTTPServer((OUR_END, 0), Handler)
-        self._server.daemon_threads = True
-        self.at = f"{OUR_END}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self.at = stack.enter_context(serving(Handler, OUR_END))
 
 
 @dataclass
@@ -419,14 +397,14 @@ class Front:
 @pytest.fixture(scope="module")
 def front(host: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     folder = tmp_path_factory.mktemp("front")
-    engines = [Scripted() for _ in range(3)]
-    prefill, decode, canary = engines
-    flags = ["--prefill", f"http://{prefill.at}", "--decode", f"http://{decode.at}", "--insecure"]
-    proxy = Proxy(folder, flags)
-    # Listen on all addresses, because the requests of a browser on the victim's host come from loopback.
-    port = free_port()
-    proxy.url, proxy.registration = f"http://0.0.0.0:{port}", f"{OUR_END}:{free_port()}"
-    try:
+    with ExitStack() as stack:
+        prefill, decode, canary = (Scripted(stack) for _ in range(3))
+        flags = ["--prefill", f"http://{prefill.at}", "--decode", f"http://{decode.at}", "--insecure"]
+        proxy = Proxy(folder, flags)
+        # Listen on all addresses, because the requests of a browser on the victim's host come from loopback.
+        port = free_port()
+        proxy.url, proxy.registration = f"http://0.0.0.0:{port}", f"{OUR_END}:{free_port()}"
+        stack.callback(proxy.stop)
         proxy.start()
         proxy.url = f"http://{OUR_END}:{port}"
         proxy.wait_ready()
@@ -435,10 +413,6 @@ def front(host: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield front
         front.check()
         assert proxy.running
-    finally:
-        proxy.stop()
-        for engine in engines:
-            engine.stop()
 
 
 @pytest.mark.parametrize("as_seen_from", ["another host", "a browser of this host"])

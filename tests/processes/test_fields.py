@@ -8,17 +8,16 @@ this file. If the leg must leave a new field out, add the field to proxy/src/ope
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness.client import call
 from harness.proxy import Proxy
+from harness.scripted import JsonHandler, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PROMPTS: dict[str, dict[str, Any]] = {
@@ -199,33 +198,13 @@ def engine_in_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[P
 
 @contextmanager
 def answering(seen: Seen) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(JsonHandler):
         def do_GET(self) -> None:
             self.answer({})
 
         def do_POST(self) -> None:
-            seen.legs.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            seen.legs.append(self.body())
             self.answer({"choices": [], "kv_transfer_params": {"do_remote_prefill": True}})
 
-        def answer(self, body: dict[str, Any]) -> None:
-            text = json.dumps(body).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Does nothing: the proxy has its own log."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Handler) as at:
+        yield f"http://{at}"

@@ -1,0 +1,46 @@
+"""A small HTTP server in place of an engine, for tests that only need its answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    """Reads and writes JSON bodies. A test's own handler derives from this class."""
+
+    protocol_version = "HTTP/1.1"
+
+    def body(self) -> Any:
+        """Returns the body of the request; an empty object if there is none."""
+        return json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
+
+    def answer(self, body: dict[str, Any]) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Does nothing: the proxy has its own log."""
+
+
+@contextlib.contextmanager
+def serving(handler: type[JsonHandler], host: str = "127.0.0.1") -> Iterator[str]:
+    """Serves on a free port of `host` inside the block. Yields `host:port`."""
+    server = ThreadingHTTPServer((host, 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"{host}:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
