@@ -3,6 +3,8 @@
 //! Engines keep idle connections open with comments (vLLM's `--sse-keep-alive-interval`). A comment proves
 //! only that the HTTP server lives, but data proves that the engine works.
 
+use memchr::memchr_iter;
+
 /// Finds the data and the events of a stream that comes in chunks. A chunk may end anywhere in an
 /// event.
 #[derive(Debug, Default)]
@@ -32,14 +34,13 @@ impl Default for Line {
 impl Events {
     /// Reads the next chunk. Returns true if any part of the chunk is data.
     pub(crate) fn hear(&mut self, chunk: &[u8]) -> bool {
-        let mut is_data = false;
-        for (at, piece) in chunk.split(|byte| *byte == b'\n').enumerate() {
-            if at > 0 {
-                self.end_line();
-            }
-            is_data |= self.go_on(piece);
+        let (mut is_data, mut from) = (false, 0);
+        for end in memchr_iter(b'\n', chunk) {
+            is_data |= self.go_on(&chunk[from..end]);
+            self.end_line();
+            from = end + 1;
         }
-        is_data
+        is_data | self.go_on(&chunk[from..])
     }
 
     /// Returns the number of bytes since the end of the last complete event.
@@ -131,7 +132,7 @@ impl First {
 /// LF (vLLM) or with CR LF.
 pub(crate) fn end_of_event(bytes: &[u8], searched: usize) -> Option<usize> {
     let from = searched.saturating_sub(2);
-    let mut ends = (from..bytes.len()).filter(|at| bytes[*at] == b'\n');
+    let mut ends = memchr_iter(b'\n', bytes.get(from..)?).map(|at| from + at);
     ends.find_map(|at| match bytes[at + 1..] {
         [b'\n', ..] => Some(at + 2),
         [b'\r', b'\n', ..] => Some(at + 3),
