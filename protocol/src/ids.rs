@@ -56,6 +56,14 @@ number! {
 #[serde(transparent)]
 pub struct RequestId(pub String);
 
+impl RequestId {
+    /// Returns the id of the client's request. The connector appends `/` and the number of the prompt
+    /// to the ids of the second and later prompts of a list.
+    pub fn of_client(&self) -> &str {
+        self.0.split_once('/').map_or(&self.0, |(id, _)| id)
+    }
+}
+
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -184,7 +184,7 @@ def test_a_decode_request_that_needs_no_kv_drops_it(ending):
     rig = keeper()
     req = decode()
     if ending == "skipped":
-        req.mm_features = ["image"]
+        req.prompt_embeds = object()
     if ending != "rejected":
         rig.scheduler.arrived(req)
     if ending == "full_hit":

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pd_sidecar.kv.keys import ChunkHasher
+from pd_sidecar.scheduler.eligibility import Skip, transfer
 from pd_sidecar.scheduler.metadata import PushStep
 from pd_sidecar.scheduler.scheduler import Role, Scheduler
 from pd_sidecar.scheduler.stats import Stats
@@ -75,10 +76,14 @@ def output(new=(), cached=(), resumed=()):
     )
 
 
+def image(identifier, offset, length):
+    return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=length))
+
+
 class Rig:
-    def __init__(self, role=BOTH):
+    def __init__(self, role=BOTH, adapters=None):
         self.stats = Stats()
-        self.scheduler = Scheduler(role, ChunkHasher("sha256_cbor", 32, {}), self.stats)
+        self.scheduler = Scheduler(role, ChunkHasher("sha256_cbor", 32, {}), self.stats, adapters)
 
     def step(self, **more):
         return self.scheduler.step(output(**more))
@@ -136,11 +141,10 @@ def test_an_id_that_comes_again_is_pushed_again(rig):
         metadata, response = push(rig, name, params)
         assert [start.req for start in metadata.push_starts] == ["1"], response
         assert response == {"pushed": True, "req_id": "1", "first_tok": 7}
-    # The second prompt of a list gets no claim.
+    # The second prompt of a list is a transfer of its own.
     metadata, response = push(rig, "cmpl-bb-1-33333333", params)
-    assert not metadata.push_starts
-    assert not metadata.unpushed
-    assert response == {"pushed": False, "reason": "duplicate", "first_tok": 7}
+    assert [start.req for start in metadata.push_starts] == ["1/1"]
+    assert response == {"pushed": True, "req_id": "1/1", "first_tok": 7}
     assert rig.is_empty()
 
 
@@ -304,8 +308,40 @@ def test_a_notice_of_rejection_does_not_end_a_request_that_is_parked(rig):
     assert rig.skipped() == {}
 
 
+@pytest.mark.parametrize(
+    ("engine_id", "req"),
+    [
+        # Ids of vLLM with and without its random digits, and with a client's id that looks like one of vLLM's.
+        ("cmpl-x-0-0123abcd", "r"),
+        ("cmpl-x-0", "r"),
+        ("cmpl-x-1-12345678", "r/1"),
+        ("cmpl-x-12-0123abcd", "r/12"),
+        ("2_cmpl-x-12-0123abcd", "r/12"),
+        ("cmpl-x-7-12345678-0-0123abcd", "r"),
+        ("cmpl-x-7-12345678-3", "r/3"),
+        ("cmpl-0b5f2b1e-7a43-4c5e-9d1e-123456789012-2-87654321", "r/2"),
+        # The other endpoints have no lists. Their ids can end like those of a list.
+        ("chatcmpl-x-12345678", "r"),
+        ("chatcmpl-x-7-12345678", "r"),
+        ("a", "r"),
+    ],
+)
+def test_each_prompt_of_a_list_is_a_transfer_of_its_own(engine_id, req):
+    for params in (push_params(), load_params()):
+        assert transfer(params, engine_id).req == req
+    long = load_params("r" * 256)
+    assert isinstance(transfer(long, engine_id), Skip) == (req != "r"), "a sidecar accepts no longer id"
+
+
+def test_prompts_of_a_list_load_at_the_same_time(rig):
+    prompts = [request(f"cmpl-x-{i}-0123abcd", load_params(), tokens=40) for i in range(3)]
+    starts = [start.req for req in prompts for start in park(rig, req).load_starts]
+    assert starts == ["r", "r/1", "r/2"]
+    assert rig.skipped() == {}
+
+
 @pytest.mark.parametrize("params", [push_params(), load_params()])
-def test_the_first_of_a_list_of_prompts_has_the_transfer(rig, params):
+def test_the_first_of_several_engine_requests_has_the_transfer(rig, params):
     first, second, late = (request(f"r-{i}", params, tokens=40 + i) for i in range(3))
     for req in (first, second):
         rig.scheduler.matched_tokens(req, 0)
@@ -343,17 +379,42 @@ def test_a_salt_is_in_each_key_and_both_sides_compute_the_same():
     assert "mine" not in str(mine)
 
 
-def test_kv_that_lmcache_wrote_is_not_loaded_for_a_salted_request(rig):
-    req = request("a", load_params(written=True), cache_salt="mine")
+def test_images_are_in_the_keys_of_the_chunks_from_their_first_token_on():
+    """A chunk has 32 tokens, the prompt 40."""
+    plain = keys_of(push_params())
+    one, both = [image("a", 4, 8)], [image("a", 4, 8), image("b", 33, 4)]
+    pushed = keys_of(push_params(), mm_features=both)
+    assert pushed == keys_of(load_params(), mm_features=both)
+    assert pushed[0] == keys_of(load_params(), mm_features=one)[0] != plain[0]
+    assert keys_of(load_params(), mm_features=both[1:])[0] == plain[0], "no image before the end of the chunk"
+    others = [one, [image("b", 4, 8), both[1]], [image("a", 5, 8), both[1]], [image("a", 4, 7), both[1]]]
+    assert len({keys_of(load_params(), mm_features=some)[1] for some in [both, *others]}) == 5
+    salted = keys_of(load_params(), mm_features=one, cache_salt="mine")
+    assert salted[0][1].startswith(keys_of(load_params(), cache_salt="mine")[0][1] + "@mm%")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"cache_salt": "mine"}, "cache_salt"),
+        ({"mm_features": [image("a", 0, 4)]}, "multimodal"),
+        ({"lora_request": SimpleNamespace(lora_name="a")}, "lora"),
+    ],
+)
+def test_kv_that_lmcache_wrote_is_not_loaded_for_a_tagged_request(more, reason):
+    rig = Rig(adapters=SimpleNamespace(digest=lambda _: "00"))
+    req = request("a", load_params(written=True), **more)
     assert rig.scheduler.matched_tokens(req, 0) == (0, False)
-    assert rig.skipped() == {"cache_salt": 1}
+    assert rig.skipped() == {reason: 1}
     assert rig.step().dismissed == ["r"]
 
 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"mm_features": [object()]}, "multimodal"),
+        ({"mm_features": [image("renderer0-mm-1-image-0", 0, 4)]}, "multimodal"),
+        ({"mm_features": [image("f00d", 0, 4), image("adapter:renderer12-mm-7-video-3", 9, 4)]}, "multimodal"),
+        ({"mm_features": [image("cmpl-x-0-0123abcd-image-0", 0, 4)]}, "multimodal"),
         ({"prompt_embeds": object()}, "prompt_embeds"),
         ({"prompt_token_ids": None}, "prompt_embeds"),
         ({"sampling_params": SimpleNamespace(prompt_logprobs=0)}, "prompt_logprobs"),

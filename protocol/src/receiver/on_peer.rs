@@ -79,7 +79,24 @@ impl Receiver {
             // The wait for slots must not end before the wait for the decode request.
             wait: wait.max(park.unwrap_or_default()),
         });
+        self.list_goes_on(&id);
         self.consider(&id);
+    }
+
+    /// Lets the other prompts of a list wait for their sender again. The prefill engine computes the
+    /// prompts of a long list one after the other, and asks for slots for each prompt when it begins
+    /// the prompt.
+    fn list_goes_on(&mut self, id: &RequestId) {
+        let id = id.of_client();
+        // '0' is the character after '/'.
+        let others = RequestId(format!("{id}/"))..RequestId(format!("{id}0"));
+        for (_, request) in self.requests.range_mut(others) {
+            if let Some(parked) = &mut request.parked
+                && !parked.mismatched
+            {
+                parked.no_sender = self.now + self.config.no_sender;
+            }
+        }
     }
 
     /// Asks a sender that is reachable again how the writes of its quarantined leases ended. The

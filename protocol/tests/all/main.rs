@@ -12,6 +12,7 @@ mod kept;
 mod kept_cross;
 mod kept_faults;
 mod last_word;
+mod lists;
 mod lmcache_receivers;
 mod lmcache_senders;
 mod replay;

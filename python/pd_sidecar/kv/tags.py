@@ -1,5 +1,5 @@
-"""Makes the tags of chunk keys, `@tag%value`. A tag stands for an input of the KV other than the tokens, such as a salt
-or an adapter.
+"""Makes the tags of chunk keys, `@tag%value`. A tag stands for an input of the KV other than the tokens, such as a salt,
+an adapter or an image.
 
 If a request's KV depends on its tokens only, its keys have no tags, and are byte for byte LMCache's keys. Two requests
 whose tags differ never have a key in common. A value is a digest of 128 bits, because keys appear in messages and logs,
@@ -9,6 +9,10 @@ where a salt must not appear.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def salt_tag(salt: str) -> str:
@@ -21,6 +25,13 @@ def adapter_tag(name: str, weights: str) -> str:
     digest of the adapter's files.
     """
     return f"@lora%{_digest('lora', name, weights)}"
+
+
+def media_tag(items: Sequence[tuple[str, int, int]]) -> str:
+    """Returns the tag of images, audio and video. An item has vLLM's identifier, and the position and number of the
+    tokens that stand for it. These tokens are equal for all images of one size.
+    """
+    return f"@mm%{_digest('mm', *(str(field) for item in items for field in item))}"
 
 
 def _digest(*parts: str) -> str:

@@ -8,12 +8,17 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
+from vllm.logger import init_logger
+
 from pd_sidecar.scheduler.kept import KeptSource, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm.v1.request import Request
+
+
+logger = init_logger("vllm.pd_sidecar.scheduler.eligibility")
 
 
 class Skip(StrEnum):
@@ -79,7 +84,11 @@ def unserved(request: Request) -> Skip | None:
     """Returns the reason why this request cannot use KV of another engine; `None` if it can. The reason is either that
     equal tokens may mean different KV, or that this engine must compute the prompt itself.
     """
-    if request.mm_features:
+    if any(PER_REQUEST.match(feature.identifier) for feature in request.mm_features):
+        logger.warning_once(
+            "images, audio and video are not moved, because this engine does not identify them by their content: set "
+            "--mm-processor-cache-gb above 0, or enable prefix caching"
+        )
         return Skip.MULTIMODAL
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return Skip.PROMPT_EMBEDS
@@ -100,8 +109,10 @@ def family(engine_id: str) -> str:
     return FAMILY.sub(r"\1", engine_id)
 
 
-def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
-    """Reads `kv_transfer_params`. These parameters come from the network, so every field is checked."""
+def transfer(params: Mapping[str, Any] | None, engine_id: str = "") -> Transfer | Skip:
+    """Reads the `kv_transfer_params` of the engine request `engine_id`. These parameters come from the
+    network, so every field is checked.
+    """
     if not isinstance(params, dict):
         return Skip.NO_PARAMS
     push, load = params.get("do_remote_decode"), params.get("do_remote_prefill")
@@ -117,7 +128,10 @@ def transfer(params: Mapping[str, Any] | None) -> Transfer | Skip:
     if (push and load) or not isinstance(spec, dict):
         return Skip.BAD_PARAMS
     req = spec.get("req_id")
-    if not isinstance(req, str) or not _is_name(req, MAX_ID_CHARACTERS):
+    if not isinstance(req, str):
+        return Skip.BAD_PARAMS
+    req += _prompt_suffix(engine_id)
+    if not _is_name(req, MAX_ID_CHARACTERS):
         return Skip.BAD_PARAMS
     if load:
         written, tokens = spec.get("written", False), spec.get("tokens", 0)
@@ -147,6 +161,17 @@ def _unnamed(params: Mapping[str, Any], *, keeps: bool) -> Transfer | Skip:
     return Skip.BAD_PARAMS if source is None else Transfer("", kept=source)
 
 
+def _prompt_suffix(engine_id: str) -> str:
+    """Returns the end of the `req` of one prompt of a list: `/` and the number of the prompt. Returns an empty text for
+    the first prompt, and so for requests without a list.
+
+    vLLM makes one engine request for each prompt of a list, and all of them have the same `kv_transfer_params`. Both
+    engines number the prompts in the same way. No `req` of a client request contains `/`.
+    """
+    prompt = PROMPT.match(engine_id)
+    return f"/{prompt[1]}" if prompt is not None and int(prompt[1]) > 0 else ""
+
+
 def _is_name(text: str, most: int) -> bool:
     """Returns true if the sidecar accepts the text in a message. If the sidecar does not accept a text, it ends the
     engine's connection, and with it the transfers of all other requests.
@@ -164,6 +189,16 @@ def _ports(spec: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 
 FAMILY = re.compile(r"^(?:\d+_)?(.*?)(?:-\d+)?(?:-[0-9a-f]{8})?$")
+PROMPT = re.compile(r"(?:\d+_)?cmpl-.*?-(\d{1,6})(?:-[0-9a-f]{8})?$")
+"""The id of an engine request of the completions endpoint. vLLM puts the number of the sequence before the id (`n` >
+1), and appends the number of the prompt and then eight random digits. Ids of other endpoints have no number of a
+prompt.
+"""
+PER_REQUEST = re.compile(r"(.*:)?renderer\d+-mm-\d+-|(.*:)?[^:]*-[0-9a-f]{8}-[a-z_]+-\d+$")
+"""The identifiers of images, audio and video that vLLM numbers by request, because neither its prefix cache nor its
+cache of processed inputs is on. Two engines can give the same number to different images. In older versions of vLLM the
+identifier begins with the request's id. An adapter's name can come first.
+"""
 MAX_ID_CHARACTERS = 256
 """Maximum length of a request id, in characters. Ids are in every message and log line."""
 MAX_HOST_CHARACTERS = 253

@@ -16,6 +16,9 @@ object holds the state of a request.
 With n > 1 vLLM makes one engine request per sequence, and all of these requests have the same prompt. The first request
 loads the KV. The other requests wait until the first request runs. Then the other requests copy the KV that they lack
 from the blocks of the first request, so the KV is moved only once.
+
+With a list of prompts vLLM makes one engine request per prompt, all with the same `kv_transfer_params`. Each prompt is
+a transfer of its own: both sides add the number of the prompt to its `req`.
 """
 
 from __future__ import annotations
@@ -218,7 +221,7 @@ class Scheduler:
                 engine_id=request.request_id,
                 req=state.transfer.req,
                 hashes=(hashes := self._hasher.chain((request.prompt_token_ids or ())[: state.pushed_tokens])),
-                tags=tags_of(request, state.adapter, len(hashes)),
+                tags=tags_of(request, state.adapter, len(hashes), self._hasher.chunk_tokens),
                 tokens=state.pushed_tokens,
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
@@ -306,7 +309,7 @@ class Scheduler:
         # Ask for the digest even if this request has no transfer, so that the digest is known when a later request
         # needs it.
         adapter = self._adapters.digest(request.lora_request) if request.lora_request is not None else ""
-        wish = transfer(request.kv_transfer_params)
+        wish = transfer(request.kv_transfer_params, request.request_id)
         if isinstance(wish, Skip):
             return Skipped(wish)
         if not wish.req:
@@ -359,7 +362,7 @@ class Scheduler:
 
     def _source(self, wish: Transfer, request: Request) -> Load | None:
         """Returns the request that loads the same prompt for another sequence of the same client request (n > 1);
-        `None` if there is none. The prompts of a list also belong to one client request, but they differ.
+        `None` if there is none.
         """
         holder = self._claims[wish.is_push, wish.claim]
         state = self._states.get(holder)
@@ -379,8 +382,8 @@ class Scheduler:
         return -(-tokens // self._role.block_tokens)
 
     def _claim(self, wish: Transfer, engine_id: str) -> bool:
-        """Assigns a `req` to the first engine request that asks for it, and returns true only for this request. A
-        client request with n > 1 or with a list of prompts becomes several engine requests.
+        """Assigns a `req` to the first engine request that asks for it, and returns true only for this request. With
+        n > 1 several engine requests have the same `req`.
 
         A claim stays after its holder has ended, because vLLM may ask much later about the other requests of the same
         client request. But LMCache's proxy numbers its requests from 1 at each start, so the same `req` can come again.
@@ -421,7 +424,7 @@ class Scheduler:
         if state.phase is PushPhase.WAITING:
             state.phase = PushPhase.RUNNING
             hashes = self._hasher.chain(state.request.prompt_token_ids or ())
-            tags = tags_of(state.request, state.adapter, len(hashes))
+            tags = tags_of(state.request, state.adapter, len(hashes), self._hasher.chunk_tokens)
             start = self._start(state.request, state.to, hashes, tags)
             self._next.push_starts.append(dataclasses.replace(start, token=state.token, keep_ms=self.keeping.keep_ms))
         elif replace:
