@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness.engine import Engine, EngineOptions, wait_for
-from harness.model import write_lora, write_model
+from harness.model import write_llava, write_lora
 from harness.pair import Pair, PairOptions, pair_of
 from harness.process import ended_by_signals
 from harness.progress import Progress
@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def engines(pytestconfig: pytest.Config, logs: Path) -> Iterator[tuple[Pair, Reference]]:
     """Starts the pair and the plain instance. Only for other fixtures; tests use `pair` and `reference`."""
-    model = write_model(ROOT / "target" / "model")
-    lora = {"lora": write_lora(ROOT / "target" / "lora")}
+    model = write_llava(ROOT / "target" / "model-llava")
+    lora = {"lora": write_lora(ROOT / "target" / "lora-llava")}
     # The plain instance has no prefix cache, so it computes every prompt from the start.
     plain = Engine(
         EngineOptions("plain engine", model, lora=lora, forked=True, more=("--no-enable-prefix-caching",)), logs

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness.client import complete, post_json
 from harness.engine import Engine, EngineOptions
-from harness.model import LAYERS, write_gemma, write_model
+from harness.model import LAYERS, write_gemma, write_llava
 from harness.pair import Pair, PairOptions, pair_of
 from harness.progress import Progress
 from harness.prompts import prompt
@@ -72,7 +72,7 @@ def deeper(pair: Pair) -> Iterator[Engine]:
         assert options.kv_transfer is not None
         # Give the model the same name, so that only the number of layers differs.
         options.kv_transfer["kv_connector_extra_config"]["model_name"] = str(pair.options.model)
-        return replace(options, model=write_model(ROOT / "target" / f"model-{LAYERS + 1}", layers=LAYERS + 1))
+        return replace(options, model=write_llava(ROOT / "target" / f"model-llava-{LAYERS + 1}", layers=LAYERS + 1))
 
     # The session's decode engine keeps running. The proxy does not know that engine while the engine's
     # sidecar is stopped.

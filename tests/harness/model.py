@@ -12,6 +12,7 @@ import os
 import subprocess
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -37,6 +38,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+# The token that stands for each part of an image, and the width and height of an image as Llava sees it.
+IMAGE_TOKEN = "<image>"
+IMAGE_PIXELS = 64
+PATCH_PIXELS = 8
+IMAGE_TOKENS = (IMAGE_PIXELS // PATCH_PIXELS) ** 2
 
 # Rank and scale of the adapter. Both numbers are so large that the adapter changes the model's answers.
 LORA_RANK = 8
@@ -100,15 +107,71 @@ def write_gemma(folder: Path) -> Path:
     return folder
 
 
+def write_llava(folder: Path, *, layers: int = LAYERS) -> Path:
+    """Writes a Llava into `folder`, unless the folder contains it already, and returns the folder.
+
+    It reads images of any size as `IMAGE_TOKENS` tokens. For text alone it is the model of `write_model`.
+    """
+    done = folder / "done"
+    if not done.exists():
+        # Import it here: only this model needs it, and the import takes seconds.
+        from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+        from transformers.models.llava import LlavaForConditionalGeneration
+
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tokenizer(folder, IMAGE_TOKEN)
+        vision = CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=IMAGE_PIXELS,
+            patch_size=PATCH_PIXELS,
+        )
+        text = LlamaConfig(**_text_config(layers))
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, dtype="float32")
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config)
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                torch.nn.init.normal_(weights, std=WEIGHT_STD)
+        # vLLM and this version of Transformers have different names for the vision tower's weights.
+        tensors = {
+            name.replace("model.vision_tower.", "model.vision_tower.vision_model.").removeprefix("model."): value
+            for name, value in model.state_dict().items()
+            if "language_model" not in name and "lm_head" not in name
+        }
+        tensors |= {f"language_model.{name}": value for name, value in _weights(layers).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config.architectures = ["LlavaForConditionalGeneration"]
+        config.save_pretrained(folder)
+        size = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
+        CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+        _write_json(
+            folder / "processor_config.json",
+            {
+                "processor_class": "LlavaProcessor",
+                "patch_size": PATCH_PIXELS,
+                "vision_feature_select_strategy": "default",
+                "image_token": IMAGE_TOKEN,
+                "num_additional_image_tokens": 1,
+            },
+        )
+        done.touch()
+    return folder
+
+
 def write_lora(folder: Path, seed: int = 1) -> Path:
-    """Writes a LoRA adapter for the query projections, unless the folder contains it already. Returns the folder."""
+    """Writes a LoRA adapter for the query projections of `write_llava`, unless the folder contains it already. Returns
+    the folder.
+    """
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         random = torch.Generator().manual_seed(seed)
         tensors = {}
         for layer in range(LAYERS):
-            base = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+            base = f"base_model.model.model.language_model.layers.{layer}.self_attn.q_proj"
             tensors[f"{base}.lora_A.weight"] = torch.randn(LORA_RANK, HIDDEN, generator=random) * 0.2
             tensors[f"{base}.lora_B.weight"] = torch.randn(HEADS * HEAD_SIZE, LORA_RANK, generator=random) * 0.2
         save_file(tensors, folder / "adapter_model.safetensors")
@@ -128,7 +191,7 @@ def write_lora(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, *special: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -136,7 +199,7 @@ def _write_tokenizer(folder: Path) -> None:
         [str(module.__file__) for module in CORPUS],
         trainers.BpeTrainer(
             vocab_size=VOCABULARY,
-            special_tokens=["<s>", "</s>"],
+            special_tokens=["<s>", "</s>", *special],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -155,6 +218,14 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def _write_weights(folder: Path, layers: int) -> None:
+    save_file(_weights(layers), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(
+        folder / "config.json",
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", **_text_config(layers)},
+    )
+
+
+def _weights(layers: int) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
 
     def weight(rows: int, columns: int) -> torch.Tensor:
@@ -176,28 +247,25 @@ def _write_weights(folder: Path, layers: int) -> None:
             f"{base}.post_attention_layernorm.weight": torch.ones(HIDDEN),
         }
     tensors["model.norm.weight"] = torch.ones(HIDDEN)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(
-        folder / "config.json",
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": VOCABULARY,
-            "hidden_size": HIDDEN,
-            "intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": layers,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_SIZE,
-            "max_position_embeddings": MAX_POSITIONS,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "dtype": "float32",
-        },
-    )
+    return tensors
+
+
+def _text_config(layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_SIZE,
+        "max_position_embeddings": MAX_POSITIONS,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:

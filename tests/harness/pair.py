@@ -238,6 +238,7 @@ class Pair:
         decode: dict[str, Any],
         *,
         decoder: tuple[Engine, Sidecar] | None = None,
+        path: str = "/v1/completions",
     ) -> Any:
         """Sends both legs of a request directly to the engines, and returns the decode leg's answer.
 
@@ -253,9 +254,9 @@ class Pair:
         push = {"do_remote_decode": True, "disagg_spec": spec}
         load = {"do_remote_prefill": True, "disagg_spec": {"req_id": req}}
         first = {**prefill, "max_tokens": 1, "kv_transfer_params": push}
-        told = post_json(f"{self.prefill.url}/v1/completions", first)["kv_transfer_params"]
+        told = post_json(self.prefill.url + path, first)["kv_transfer_params"]
         assert told == {"pushed": True, "req_id": req}
-        return post_json(f"{engine.url}/v1/completions", {**decode, "kv_transfer_params": load})
+        return post_json(engine.url + path, {**decode, "kv_transfer_params": load})
 
     def prompt_tokens_since(self, before: PromptTokens, at_least: int) -> PromptTokens:
         """Returns the prompt tokens that the decode engine has counted since the counts `before` were read.

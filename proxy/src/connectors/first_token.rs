@@ -44,8 +44,9 @@ pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
             .is_none_or(|text| text.parse::<u64>().is_ok())
     });
     let is_one = body.max_tokens(endpoint).is_some_and(|tokens| tokens <= 1);
-    let is_alone = !body.has_many_sequences();
-    is_clear && is_alone && !is_seeded && !is_one && !body.names().any(needs_whole)
+    let is_plain = is_clear && !is_seeded && !is_one && !body.names().any(needs_whole);
+    // The token ids of a prompt do not contain its images, and only one prompt can end with the first token.
+    is_plain && body.sidecars_only(endpoint).is_none()
 }
 
 /// Returns the body of `POST /tokenize`; `None` if the prompt already consists of token ids.

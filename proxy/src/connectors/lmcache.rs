@@ -17,7 +17,6 @@ pub(super) static SPEC: Spec = Spec {
     has_zmq: false,
     needs_first_token: true,
     ignores_salt: true,
-    fills_many_sequences: false,
     receives: &[
         (Connector::Lmcache, &ToLmcache),
         (Connector::Sidecar, &ToLmcache),

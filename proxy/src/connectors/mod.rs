@@ -79,7 +79,9 @@ impl fmt::Display for Connector {
 pub(crate) struct Spec {
     /// True if a sidecar registers the instance. An instance with a sidecar has an admin address and cannot
     /// be configured by hand. The sidecar contacts the receiver while its engine computes the prefill leg, so
-    /// a second attempt with another prefill instance needs a new id.
+    /// a second attempt with another prefill instance needs a new id. Our
+    /// connector in the engine also moves the KV of several sequences (`n`), of lists of prompts, and of prompts
+    /// with images, audio or video.
     pub has_sidecar: bool,
     /// True if senders reach a receiver by its host, its init ports and its alloc ports.
     pub has_ports: bool,
@@ -92,8 +94,6 @@ pub(crate) struct Spec {
     /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` never goes
     /// to or from an instance with this connector, because requests with other salts would find the KV.
     pub ignores_salt: bool,
-    /// True if the decode engine fills several sequences of a prompt (`n`) from one copy of the KV.
-    pub fills_many_sequences: bool,
     /// The hand-offs to a decode instance with this connector, each with the connector of the prefill
     /// instance.
     pub receives: &'static [(Connector, &'static dyn Handoff)],

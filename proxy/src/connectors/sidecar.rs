@@ -14,7 +14,6 @@ pub(super) static SPEC: Spec = Spec {
     has_zmq: false,
     needs_first_token: false,
     ignores_salt: false,
-    fills_many_sequences: true,
     receives: &[
         (Connector::Sidecar, &Sidecar),
         (Connector::Lmcache, &FromLmcache),

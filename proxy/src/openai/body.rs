@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use bytes::Bytes;
+use memchr::memmem;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -149,16 +150,19 @@ impl RequestBody {
         {
             return Some(Fallback::NothingToDecode);
         }
-        match endpoint {
-            Endpoint::Completions if self.has_many_prompts() => Some(Fallback::ManyPrompts),
-            Endpoint::Chat if self.has_media() => Some(Fallback::Multimodal),
-            _ => None,
-        }
+        (endpoint == Endpoint::Chat && self.has_named_media()).then_some(Fallback::Multimodal)
     }
 
-    /// Returns true if the request asks for several sequences of one prompt (`n`).
-    pub(crate) fn has_many_sequences(&self) -> bool {
-        self.is_not_one("n")
+    /// Returns the reason for which only instances with sidecars can transfer KV for this request; `None` if
+    /// there is no such reason.
+    pub(crate) fn sidecars_only(&self, endpoint: Endpoint) -> Option<Fallback> {
+        if endpoint == Endpoint::Completions && self.has_many_prompts() {
+            return Some(Fallback::ManyPrompts);
+        }
+        if endpoint == Endpoint::Chat && self.has_media() {
+            return Some(Fallback::Multimodal);
+        }
+        self.is_not_one("n").then_some(Fallback::ManySequences)
     }
 
     /// Returns true if the request has a cache salt. The request must not use KV of equal tokens with
@@ -330,6 +334,14 @@ impl RequestBody {
         }
         self.read::<Vec<&RawValue>>("prompt")
             .is_some_and(|prompts| prompts.len() > 1)
+    }
+
+    /// Returns true if an image, audio or video may have a name of the client's (`uuid`). The engine that has
+    /// it in its cache needs only the name. The other engine would refuse the request.
+    fn has_named_media(&self) -> bool {
+        // Inside a JSON string, these quotes would be escaped.
+        let names = |text: &str| memmem::find(text.as_bytes(), b"\"uuid\"").is_some();
+        self.text("messages").is_some_and(names) && self.has_media()
     }
 
     fn has_media(&self) -> bool {

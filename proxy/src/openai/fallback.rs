@@ -15,14 +15,15 @@ pub enum Fallback {
     /// `best_of` or beam search turns the request into several engine requests. `n` also turns it into
     /// several engine requests if the instances have no sidecars.
     ManySequences,
-    /// A list of prompts turns the request into several engine requests.
+    /// A list of prompts turns the request into several engine requests, and the instances have no sidecars.
     ManyPrompts,
     /// The request asks for log probabilities of the prompt, so the engine that answers has to compute
     /// the prompt.
     PromptLogprobs,
     /// The prompt consists of embeddings, so equal token hashes do not mean equal KV.
     PromptEmbeds,
-    /// The request has images, audio or video, so equal token hashes do not mean equal KV.
+    /// The request has images, audio or video, and the instances have no sidecars. Or the client names one of
+    /// them by `uuid`, which only one of the engines may know.
     Multimodal,
     /// The request has a cache salt, and an instance uses LMCache, whose keys do not contain the salt.
     CacheSalt,

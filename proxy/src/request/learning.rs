@@ -34,8 +34,9 @@ impl Drive {
         match moved.reason.filter(|_| !moved.ok) {
             Some(reason) => self.refused(context, reason.as_str()),
             None if moved.ok && moved.bytes > 0 => {
-                let model = self.body.model();
-                self.app.refusals.worked(prefill, &self.pair.decode, model);
+                let (body, endpoint) = (&self.body, self.endpoint);
+                let refusals = &self.app.refusals;
+                refusals.worked(prefill, &self.pair.decode, body, endpoint);
             }
             None => {}
         }

@@ -25,9 +25,9 @@ pub(crate) struct RouteRequest<'a> {
     pub is_unsplittable: bool,
     /// True if the request has a cache salt, which LMCache's keys do not contain.
     pub is_salted: bool,
-    /// True if the request asks for several sequences of its prompt. Only our connector can fill all
-    /// sequences from one copy of the KV.
-    pub has_many_sequences: bool,
+    /// The reason for which the request is not split over instances without sidecars; `None` if it may be
+    /// split over any pair.
+    pub sidecars_only: Option<Fallback>,
     /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,
     /// Policy and turn for the choice of a decode instance.
@@ -248,7 +248,7 @@ fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
     is_pair(prefill, decode)
         && prefill.kv.fits(&decode.kv)
         && keeps_salt(prefill, decode, ask)
-        && fills_all(prefill, decode, ask)
+        && has_sidecars(prefill, decode, ask)
         && !is_refused(prefill, decode, ask)
 }
 
@@ -258,10 +258,10 @@ fn keeps_salt(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
     !ask.is_salted || !(ignores(prefill) || ignores(decode))
 }
 
-/// Returns true if the decode instance fills all sequences of the request from one copy of the KV.
-fn fills_all(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
-    let fills = |instance: &Instance| instance.connector.spec().fills_many_sequences;
-    !ask.has_many_sequences || (fills(prefill) && fills(decode))
+/// Returns true if both instances have sidecars, or if the request needs none.
+fn has_sidecars(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
+    let has = |instance: &Instance| instance.connector.spec().has_sidecar;
+    ask.sidecars_only.is_none() || (has(prefill) && has(decode))
 }
 
 fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
@@ -283,8 +283,11 @@ fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Inst
     if !fitting.is_empty() && !fitting.iter().any(|i| keeps_salt(i, decode, ask)) {
         return Fallback::CacheSalt;
     }
-    if !fitting.is_empty() && !fitting.iter().any(|i| fills_all(i, decode, ask)) {
-        return Fallback::ManySequences;
+    if let Some(why) = ask.sidecars_only
+        && !fitting.is_empty()
+        && !fitting.iter().any(|i| has_sidecars(i, decode, ask))
+    {
+        return why;
     }
     if !fitting.is_empty() && fitting.iter().all(|i| is_refused(i, decode, ask)) {
         return Fallback::RefusedBefore;

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
+use crate::openai::fallback::Fallback;
 
 /// The known refusals.
 #[derive(Debug, Default)]
@@ -104,6 +105,9 @@ enum Reach {
     PairAndModel,
     /// Requests of this shape, at this prefill instance.
     Kind,
+    /// Requests of this shape, between these two instances. If the two sides have different keys for images,
+    /// their keys for text may be equal.
+    PairAndKind,
 }
 
 impl Between {
@@ -119,11 +123,7 @@ impl Refusals {
         if self.count.load(Ordering::Acquire) == 0 {
             return Vec::new();
         }
-        let about = [
-            About::Any,
-            About::Model(body.model().to_owned()),
-            About::Kind(body.shape(endpoint)),
-        ];
+        let about = abouts(body, endpoint);
         let entries = self.lock();
         about
             .iter()
@@ -137,13 +137,16 @@ impl Refusals {
     /// Records the reason for which a request's KV was not handed over. Logs a warning the first time
     /// that the reason is expected to repeat.
     pub(crate) fn note(&self, now: Instant, reason: &str, refused: Refused<'_>) {
-        let Some(reach) = reach(reason) else {
-            return;
+        let has_media = refused.body.sidecars_only(refused.endpoint) == Some(Fallback::Multimodal);
+        let reach = match reach(reason) {
+            Some(Reach::PairAndModel) if has_media => Reach::PairAndKind,
+            Some(reach) => reach,
+            None => return,
         };
         let about = match reach {
             Reach::Instance | Reach::Pair => About::Any,
             Reach::Model | Reach::PairAndModel => About::Model(refused.body.model().to_owned()),
-            Reach::Kind => About::Kind(refused.body.shape(refused.endpoint)),
+            Reach::Kind | Reach::PairAndKind => About::Kind(refused.body.shape(refused.endpoint)),
         };
         // A client must not fill the memory with long names of models or content parts.
         if about.text().len() > MAX_TEXT_BYTES {
@@ -152,8 +155,11 @@ impl Refusals {
         let name = |instance: &Instance| (instance.id.clone(), instance.epoch);
         let between = Between {
             prefill: name(refused.prefill),
-            decode: matches!(reach, Reach::Pair | Reach::PairAndModel)
-                .then(|| name(refused.decode)),
+            decode: matches!(
+                reach,
+                Reach::Pair | Reach::PairAndModel | Reach::PairAndKind
+            )
+            .then(|| name(refused.decode)),
         };
         let mut entries = self.lock();
         // Make room before the insertion, so that the number of entries never exceeds the limit.
@@ -198,15 +204,22 @@ impl Refusals {
         }
     }
 
-    /// Records that KV of a request for this model went from one instance to the other. Removes earlier
-    /// refusals between these two instances that hold for all requests, or for all requests of the model.
-    pub(crate) fn worked(&self, prefill: &Instance, decode: &Instance, model: &str) {
+    /// Records that KV of a request went from one instance to the other. Removes earlier refusals between
+    /// these two instances that hold for this request, too.
+    pub(crate) fn worked(
+        &self,
+        prefill: &Instance,
+        decode: &Instance,
+        body: &RequestBody,
+        endpoint: Endpoint,
+    ) {
         if self.count.load(Ordering::Acquire) == 0 {
             return;
         }
+        let all = abouts(body, endpoint);
         let mut entries = self.lock();
-        for about in [About::Any, About::Model(model.to_owned())] {
-            if let Some(known) = entries.get_mut(&about) {
+        for about in &all {
+            if let Some(known) = entries.get_mut(about) {
                 known.retain(|between, _| !between.holds_for(prefill, decode));
             }
         }
@@ -276,6 +289,15 @@ impl Entry {
     }
 }
 
+/// Returns the groups to which a request belongs.
+fn abouts(body: &RequestBody, endpoint: Endpoint) -> [About; 3] {
+    [
+        About::Any,
+        About::Model(body.model().to_owned()),
+        About::Kind(body.shape(endpoint)),
+    ]
+}
+
 fn is(name: &(String, u64), instance: &Instance) -> bool {
     name.0 == instance.id && name.1 == instance.epoch
 }
@@ -332,7 +354,8 @@ fn cure(reason: &str) -> &'static str {
     match reason {
         "key_mismatch" => {
             "Set `model_name`, `chunk_size`, `hash_algorithm` and PYTHONHASHSEED alike on both sides; if the \
-             model is a LoRA adapter, load the same files on both sides"
+             model is a LoRA adapter, load the same files on both sides; if the requests have images, give \
+             both engines the same --model and processor options"
         }
         "tp_mismatch" => {
             "Set `ranks` of both connectors, and the number of ports, to the larger tensor-parallel size"

@@ -53,7 +53,7 @@ fn ask() -> RouteRequest<'static> {
         fallback: None,
         is_unsplittable: false,
         is_salted: false,
-        has_many_sequences: false,
+        sidecars_only: None,
         prefill: SideChoice::default(),
         decode: SideChoice::default(),
         mode: Mode::Pd,
@@ -124,7 +124,7 @@ fn only_equal_connectors_make_pairs() {
     check("p1:l d1:l", &salted, "cache_salt d1");
     check("p1 d1:l p2:l d2", &salted, "p1 d2");
     let many = RouteRequest {
-        has_many_sequences: true,
+        sidecars_only: Some(Fallback::ManySequences),
         ..ask()
     };
     check("p1 d1", &many, "many_sequences d1");

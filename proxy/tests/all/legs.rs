@@ -66,6 +66,38 @@ async fn a_salt_goes_to_both_engines_and_the_number_of_sequences_to_one() {
     assert_eq!(rig.record().await["alone"], Value::Null);
 }
 
+/// Both engines get the whole list. Each prompt has a transfer of its own, whose id begins with the request's
+/// id.
+#[tokio::test]
+async fn a_list_of_prompts_goes_to_both_engines() {
+    let rig = Rig::start(&["--first-token", "prefill"]).await;
+    let pair = rig.pair().await;
+    pair.p.on_prefill(Reply::Held(200, completion("x", 5, 1)));
+    let mut body = prompt();
+    body["prompt"] = json!(["hello", [1, 2]]);
+    body["stream"] = true.into();
+    let (client, sent) = (rig.client.clone(), body.clone());
+    let asked = tokio::spawn(async move { client.post(COMPLETIONS, &sent).await });
+    rig.journal.until("p prefill").await;
+    let id = pair.p.only().id();
+    pair.p_sidecar.progress(&format!("{id}/1")).await;
+    assert_eq!(asked.await.unwrap().status, 200);
+    for leg in [pair.p.only(), pair.d.only()] {
+        assert_eq!(leg.json()["prompt"], body["prompt"]);
+        let spec = &leg.json()["kv_transfer_params"]["disagg_spec"];
+        assert_eq!(spec["req_id"], id.as_str());
+    }
+    for prompt in [id.clone(), format!("{id}/1")] {
+        pair.p_sidecar.moved(&prompt, 1000, None).await;
+    }
+    let record = rig
+        .until("/requests", |all| all[0]["moved"]["ranks"] == 2)
+        .await[0]
+        .clone();
+    assert_eq!(record["moved"]["bytes"], 2000, "{record}");
+    assert_eq!(record["alone"], Value::Null, "{record}");
+}
+
 #[tokio::test]
 async fn without_a_word_the_prefill_answer_sends_the_decode_leg() {
     let rig = Rig::start(&[]).await;

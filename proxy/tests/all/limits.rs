@@ -133,7 +133,6 @@ async fn requests_that_cannot_be_split_go_to_the_decode_instance_alone() {
     let pair = rig.pair().await;
     let mut sent = 0;
     for (fields, why) in [
-        (json!({"prompt": ["a", "b"]}), "many_prompts"),
         (json!({"prompt": "a", "best_of": 2}), "many_sequences"),
         (
             json!({"prompt": "a", "prompt_logprobs": 1}),

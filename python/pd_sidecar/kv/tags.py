@@ -1,5 +1,5 @@
-"""Makes the tags of chunk keys, `@tag%value`. A tag stands for an input of the KV other than the tokens, such as a salt,
-an adapter or an image.
+"""Makes the tags of chunk keys, `@tag%value`. A tag stands for an input of the KV other than the tokens, such as a
+salt, an adapter or an image.
 
 If a request's KV depends on its tokens only, its keys have no tags, and are byte for byte LMCache's keys. Two requests
 whose tags differ never have a key in common. A value is a digest of 128 bits, because keys appear in messages and logs,

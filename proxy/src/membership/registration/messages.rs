@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use common::zmq::Frame;
+use protocol::RequestId;
 use protocol::codec;
 use protocol::registration::{Register, ToProxy};
 use tracing::{debug, info, warn};
@@ -108,19 +109,20 @@ impl Registration {
                 None => Message::Stray,
             },
             ToProxy::Progress(progress) => {
-                if self
-                    .app
-                    .in_flight
-                    .begun(now, &progress.req_id, &progress.id)
-                {
+                // The first prompt of a list to begin is the request's begin.
+                let id = RequestId::from(progress.req_id.of_client());
+                if self.app.in_flight.begun(now, &id, &progress.id) {
                     Message::Progress
                 } else {
                     Message::Stray
                 }
             }
             ToProxy::ProxyNotif(notice) => {
-                let (id, x) = (&notice.req_id, notice.x.as_ref());
-                if self.app.in_flight.moved(id, x) || self.app.recent.amend(&id.0, x) {
+                let (id, x) = (
+                    RequestId::from(notice.req_id.of_client()),
+                    notice.x.as_ref(),
+                );
+                if self.app.in_flight.moved(&id, x) || self.app.recent.amend(&id.0, x) {
                     self.app.metrics.notice(x);
                     Message::ProxyNotif
                 } else {

@@ -22,19 +22,9 @@ fn who_gets_a_transfer() {
     completion(r#""prompt": ["one"]"#, None);
     completion(r#""prompt": [[1, 2]]"#, None);
     completion(r#""prompt": []"#, None);
-    completion(r#""prompt": ["one", "two"]"#, Some(Fallback::ManyPrompts));
-    completion(r#""prompt": [[1, 2], [3]]"#, Some(Fallback::ManyPrompts));
-    completion(
-        r#""prompt": "a", "prompt": ["one", "two"]"#,
-        Some(Fallback::ManyPrompts),
-    );
     completion(r#""prompt": "a", "n": 1, "best_of": 1"#, None);
     completion(r#""prompt": "a", "n": null"#, None);
     completion(r#""prompt": "a", "n": 2"#, None);
-    for (n, expect) in [("2", true), ("\"2\"", true), ("1", false), ("null", false)] {
-        let body = parse(&format!(r#"{{"prompt": "a", "n": {n}}}"#));
-        assert_eq!(body.has_many_sequences(), expect, "{n}");
-    }
     completion(
         r#""prompt": "a", "best_of": 3"#,
         Some(Fallback::ManySequences),
@@ -80,16 +70,63 @@ fn who_gets_a_transfer() {
         None,
     );
     chat(
-        r#"[{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:,"}}]}]"#,
-        Some(Fallback::Multimodal),
+        r#"[{"role": "user", "content": [{"type": "text", "text": "hi \"uuid\""}, {"type": "image_url", "image_url": {"url": "data:,"}}]}]"#,
+        None,
     );
     chat(
-        r#"[{"content": [{"type": "input_audio"}]}]"#,
+        r#"[{"content": [{"type": "image_url", "image_url": null, "uuid": "a"}]}]"#,
         Some(Fallback::Multimodal),
     );
     // The engine, not the proxy, refuses malformed values.
     chat(r#""hi""#, None);
     chat(r#"[{"content": [1, 2]}]"#, None);
+}
+
+#[test]
+fn who_needs_sidecars() {
+    let check = |fields: &str, expect: Option<Fallback>| {
+        let body = parse(&format!("{{{fields}}}"));
+        let endpoint = Endpoint::Completions;
+        assert_eq!(body.sidecars_only(endpoint), expect, "{fields}");
+        assert_eq!(body.fallback(endpoint), None, "{fields}");
+    };
+    let sequences = Some(Fallback::ManySequences);
+    for (n, expect) in [
+        ("2", sequences),
+        ("\"2\"", sequences),
+        ("1", None),
+        ("null", None),
+    ] {
+        check(&format!(r#""prompt": "a", "n": {n}"#), expect);
+    }
+    let prompts = Some(Fallback::ManyPrompts);
+    for (prompt, expect) in [
+        (r#""one""#, None),
+        (r#"["one"]"#, None),
+        ("[1, 2, 3]", None),
+        ("[[1, 2]]", None),
+        (r#"["one", "two"]"#, prompts),
+        ("[[1, 2], [3]]", prompts),
+        (r#""a", "prompt": ["one", "two"], "n": 2"#, prompts),
+    ] {
+        check(&format!(r#""prompt": {prompt}"#), expect);
+    }
+}
+
+#[test]
+fn media_needs_sidecars() {
+    for (content, expect) in [
+        (r#""hi""#, None),
+        (r#"[{"type": "text", "text": "hi"}]"#, None),
+        (
+            r#"[{"type": "text"}, {"type": "image_url"}]"#,
+            Some(Fallback::Multimodal),
+        ),
+        (r#"[{"type": "input_audio"}]"#, Some(Fallback::Multimodal)),
+    ] {
+        let body = parse(&format!(r#"{{"messages": [{{"content": {content}}}]}}"#));
+        assert_eq!(body.sidecars_only(Endpoint::Chat), expect, "{content}");
+    }
 }
 
 #[test]

@@ -44,19 +44,19 @@ impl World {
             prefill: &self.p,
             decode: &self.d,
             body: &parsed(body),
-            endpoint: Endpoint::Completions,
+            endpoint: endpoint(body),
         };
         self.refusals.note(self.now, reason, refused);
     }
 
     fn worked(&self, body: &str) {
-        self.refusals.worked(&self.p, &self.d, parsed(body).model());
+        let endpoint = endpoint(body);
+        self.refusals
+            .worked(&self.p, &self.d, &parsed(body), endpoint);
     }
 
     fn refuses(&self, body: &str) -> bool {
-        let known = self
-            .refusals
-            .of(self.now, &parsed(body), Endpoint::Completions);
+        let known = self.refusals.of(self.now, &parsed(body), endpoint(body));
         known.iter().any(|b| b.holds_for(&self.p, &self.d))
     }
 }
@@ -65,6 +65,16 @@ fn parsed(body: &str) -> RequestBody {
     RequestBody::parse(body.to_owned().into()).unwrap()
 }
 
+fn endpoint(body: &str) -> Endpoint {
+    if body.contains("messages") {
+        Endpoint::Chat
+    } else {
+        Endpoint::Completions
+    }
+}
+
+const CHAT: &str = r#"{"model": "m", "messages": [{"content": "a"}]}"#;
+const IMAGE: &str = r#"{"model": "m", "messages": [{"content": [{"type": "image_url"}]}]}"#;
 const BASE: &str = r#"{"model": "m", "prompt": "a"}"#;
 const LORA: &str = r#"{"model": "adapter", "prompt": "a"}"#;
 const ODD: &str = r#"{"model": "m", "prompt": "a", "vllm_xargs": {"x": 1}}"#;
@@ -163,6 +173,21 @@ fn keys_of_one_adapter_condemn_no_other_model() {
     world.d.id = "d".into();
     world.worked(LORA);
     assert!(!world.refuses(LORA));
+}
+
+/// Keys of images depend on more settings than keys of text. If they never match, KV of text is still handed
+/// over.
+#[test]
+fn keys_of_images_condemn_no_text() {
+    let mut world = World::new();
+    for _ in 0..3 {
+        assert!(!world.refuses(IMAGE));
+        world.note("key_mismatch", IMAGE);
+        world.worked(CHAT);
+    }
+    assert!(world.refuses(IMAGE) && !world.refuses(CHAT));
+    world.worked(IMAGE);
+    assert!(!world.refuses(IMAGE));
 }
 
 #[test]
