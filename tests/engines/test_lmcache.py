@@ -11,12 +11,12 @@ import itertools
 from pathlib import Path
 
 import pytest
-from harness.client import complete
+from harness.client import complete, post_json
 from harness.drop_in.chunks import CHUNK_TOKENS
 from harness.drop_in.nodes import LmcacheReceiver, LmcacheSender, of_targets
 from harness.model import HEAD_SIZE, KV_BYTES_PER_TOKEN, KV_HEADS, LAYERS
 from harness.pair import Pair, check_tokens
-from harness.prompts import prompt
+from harness.prompts import chat, image, prompt
 from harness.reference import Reference
 
 from pd_sidecar.sidecar.wire import Layout, Target
@@ -72,6 +72,45 @@ def test_kv_of_an_engine_goes_through_lmcache(
         receiver.stop()
         sender.stop()
         sender.notices.close()
+
+
+def test_requests_whose_keys_have_tags_are_not_shared_with_lmcache(pair: Pair, reference: Reference) -> None:
+    """LMCache's keys contain no salt, adapter or image, so LMCache could give the KV to another request."""
+    pair.restart_sidecars(keys={**pair.options.sidecar_keys, "nixl_over_tcp": "trusted"})
+    layout = Layout(str(pair.options.model), "float", LAYERS, KV_HEADS, HEAD_SIZE, False, CHUNK_TOKENS)
+    completion = {"prompt": prompt(300, seed=78), "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+    receiver = LmcacheReceiver("sync", slots=16, layout=layout)
+    to = receiver.target
+    spec = {
+        "receiver_host": to.host, "receiver_init_port": [to.init_port], "receiver_alloc_port": [to.alloc_port],
+    }  # fmt: skip
+    try:
+        for reason, path, request in [
+            ("cache_salt", "/v1/completions", {**completion, "cache_salt": "mine"}),
+            ("lora", "/v1/completions", {**completion, "model": "lora"}),
+            ("multimodal", "/v1/chat/completions", chat(image(78), "What is this?", max_tokens=8)),
+        ]:
+            expect = reference.post(path, request)["choices"][0]["token_ids"]
+            for _ in range(20):
+                req = f"mixed-{next(_requests)}"
+                params = {"do_remote_decode": True, "disagg_spec": {"req_id": req, **spec}}
+                answer = post_json(pair.prefill.url + path, {**request, "max_tokens": 1, "kv_transfer_params": params})
+                assert answer["choices"][0]["token_ids"] == expect[:1]
+                # The digest of an adapter's files is computed after its first request.
+                if answer["kv_transfer_params"].get("reason") != "lora_pending":
+                    break
+            assert answer["kv_transfer_params"]["pushed"], answer["kv_transfer_params"]
+            pushed = pair.sender.record(req)
+            assert (pushed["reason"], pushed["bytes"]) == ("key_mismatch", 0), pushed
+            assert receiver.held() == 0, "the receiver was asked for slots"
+
+            skipped = pair.decode.metrics().by("vllm:pd_sidecar_skipped", "reason").get(reason, 0)
+            params = {"do_remote_prefill": True, "disagg_spec": {"req_id": req, "written": True}}
+            answer = post_json(pair.decode.url + path, {**request, "kv_transfer_params": params})
+            assert answer["choices"][0]["token_ids"] == expect
+            assert pair.decode.metrics().by("vllm:pd_sidecar_skipped", "reason")[reason] > skipped
+    finally:
+        receiver.stop()
 
 
 def test_another_prompt_does_not_hit(pair: Pair, reference: Reference) -> None:
