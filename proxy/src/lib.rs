@@ -21,6 +21,7 @@ mod upstream;
 pub use config::cli::{Config, LogFormat};
 pub use openai::error::Code;
 pub use openai::fallback::Fallback;
+pub use openai::passed::{Methods, PASSED_ON, PassedOn};
 pub use server::fd_limit::raise_limit;
 pub use server::{BindError, End, Proxy, Stop};
 pub use telemetry::metrics::Metrics;

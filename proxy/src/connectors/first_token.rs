@@ -18,6 +18,9 @@ pub(crate) mod stream;
 /// prompt. Returns false for a request with an unknown field, because an unknown field may mean
 /// anything.
 pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
+    if !matches!(endpoint, Endpoint::Completions | Endpoint::Chat) {
+        return false;
+    }
     let is_set = |name: &str| match body.json(name) {
         // In a completion, `logprobs: 0` is not empty: it asks for the log probability of the sampled
         // token.
@@ -63,6 +66,8 @@ pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<By
             "chat_template",
             "chat_template_kwargs",
         ],
+        // These requests never continue after their first token.
+        Endpoint::Passed(_) => return None,
     };
     Some(body.only(names))
 }

@@ -90,6 +90,16 @@ impl RequestBody {
         }
     }
 
+    /// Returns a body that the proxy does not read, because only the engine knows its form.
+    pub(crate) fn opaque(source: Bytes) -> Self {
+        Self {
+            read: source.clone(),
+            source,
+            fields: Vec::new(),
+            is_clean: true,
+        }
+    }
+
     /// Finds the fields of a body in the body's text `read`.
     fn found(source: Bytes, read: Bytes) -> Result<Self, BadBody> {
         let Fields(found) = serde_json::from_slice(&read)?;
@@ -135,6 +145,9 @@ impl RequestBody {
     /// Returns the reason for which no two instances can transfer KV for this request; `None` if no reason
     /// is known.
     pub(crate) fn fallback(&self, endpoint: Endpoint) -> Option<Fallback> {
+        if let Endpoint::Passed(_) = endpoint {
+            return Some(Fallback::PassedOn);
+        }
         if self.is_not_one("best_of") || self.is_on("use_beam_search") {
             return Some(Fallback::ManySequences);
         }
@@ -298,7 +311,7 @@ impl RequestBody {
         let read = |name| self.json(name)?.parse().ok();
         let newer = match endpoint {
             Endpoint::Chat => read("max_completion_tokens"),
-            Endpoint::Completions => None,
+            Endpoint::Completions | Endpoint::Passed(_) => None,
         };
         newer.or_else(|| read("max_tokens"))
     }

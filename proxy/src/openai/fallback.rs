@@ -53,11 +53,13 @@ pub enum Fallback {
     Cheaper,
     /// The request cannot continue after its first token on another instance, as LMCache requires.
     NotExpressible,
+    /// Requests of this endpoint are always passed whole to one decode instance.
+    PassedOn,
 }
 
 impl Fallback {
     /// All reasons, so that metrics have all label values from the start.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::NoPrefill,
         Self::Unfit,
         Self::RefusedBefore,
@@ -78,6 +80,7 @@ impl Fallback {
         Self::LaterTurn,
         Self::Cheaper,
         Self::NotExpressible,
+        Self::PassedOn,
     ];
 
     /// Returns the name in metrics and logs.
@@ -103,6 +106,7 @@ impl Fallback {
             Self::LaterTurn => "later_turn",
             Self::Cheaper => "cheaper",
             Self::NotExpressible => "not_expressible",
+            Self::PassedOn => "passed_on",
         }
     }
 }

@@ -26,6 +26,14 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     headers
 }
 
+/// Gives a leg the client's own content type, for a body that the proxy does not read.
+pub(crate) fn keep_content_type(leg: &mut HeaderMap, client: &HeaderMap) {
+    match client.get(header::CONTENT_TYPE) {
+        Some(kind) => drop(leg.insert(header::CONTENT_TYPE, kind.clone())),
+        None => drop(leg.remove(header::CONTENT_TYPE)),
+    }
+}
+
 /// Returns the headers, without the headers that concern only one connection or the framing of the
 /// body.
 pub(crate) fn end_to_end(headers: &HeaderMap) -> HeaderMap {

@@ -8,6 +8,7 @@ pub(crate) mod fallback;
 pub(crate) mod headers;
 pub(crate) mod keys;
 pub(crate) mod origin;
+pub(crate) mod passed;
 pub(crate) mod prompt_hash;
 pub(crate) mod request_id;
 pub(crate) mod sse;

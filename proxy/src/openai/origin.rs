@@ -33,6 +33,19 @@ pub(crate) fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
     ))
 }
 
+/// Refuses a request that a page of another site has sent, unless its body is declared as JSON. A browser
+/// asks the proxy before it sends JSON to another site, and the proxy does not answer such a question.
+///
+/// # Errors
+/// A page of another site has sent the request.
+pub(crate) fn refuse_other_sites(headers: &HeaderMap) -> Result<(), ApiError> {
+    if is_of_another_site(headers) && require_json(headers).is_err() {
+        let text = "a page of another site sent this request (Sec-Fetch-Site)";
+        return Err(ApiError::new(Code::NotPermitted, text));
+    }
+    Ok(())
+}
+
 /// Refuses a body that is not declared as JSON. Accepts a request that has neither a body nor a content
 /// type.
 ///

@@ -23,7 +23,7 @@ impl Prompt {
     pub(crate) fn of(body: &RequestBody, endpoint: Endpoint) -> Self {
         let field = match endpoint {
             Endpoint::Completions => "prompt",
-            Endpoint::Chat => "messages",
+            Endpoint::Chat | Endpoint::Passed(_) => "messages",
         };
         let text = body.json(field).unwrap_or_default().trim_ascii_end();
         let text = text

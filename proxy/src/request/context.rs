@@ -67,7 +67,7 @@ impl RequestContext {
         let record = Record {
             id: id.0.clone(),
             arrived_unix_ms: unix_ms(),
-            endpoint: endpoint.as_str(),
+            endpoint: endpoint.name(),
             prefill: prefill.map(|prefill| prefill.id.clone()),
             decode: Some(pair.decode.id.clone()),
             choice: pair.choice.to_string(),
@@ -179,7 +179,9 @@ impl RequestContext {
     pub(crate) fn first_byte(&mut self, status: StatusCode, stream: bool) {
         if self.record.ttft_ms.is_none() {
             let after = self.arrived.elapsed();
-            self.app.metrics.first_byte_after(after);
+            if self.endpoint.generates() {
+                self.app.metrics.first_byte_after(after);
+            }
             self.record.ttft_ms = Some(millis(after));
         }
         self.record.status = Some(status.as_u16());
@@ -241,6 +243,10 @@ impl RequestContext {
             self.note_prefill(&place.progress);
         }
         self.app.metrics.ended(self.endpoint, outcome, total);
+        // Probes come every few seconds. Their records would displace the records of other requests.
+        if self.endpoint.is_probe() && outcome == Outcome::Done {
+            return;
+        }
         let mut record = std::mem::take(&mut self.record);
         record.total_ms = millis(total);
         record.outcome = outcome.as_str();

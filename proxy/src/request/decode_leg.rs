@@ -27,7 +27,10 @@ impl Drive {
     ) {
         let decode = &self.pair.decode;
         self.decode_attempts += 1;
-        let room = self.body.max_tokens(self.endpoint).unwrap_or(USUAL_ANSWER);
+        let room = match self.endpoint.generates() {
+            true => self.body.max_tokens(self.endpoint).unwrap_or(USUAL_ANSWER),
+            false => 0,
+        };
         let tokens = self.plan.tokens.saturating_add(room.min(MAX_ANSWER));
         context.decode_sent(decode, transfer, tokens);
         self.decode_sent = Instant::now();
@@ -45,9 +48,12 @@ impl Drive {
         let chosen = self.chosen.as_ref().filter(|_| !is_address);
         let headers = self.leg_headers(chosen.unwrap_or(id));
         let url = decode.http.join(path);
+        let method = self.method.clone();
         let client = self.app.client.clone();
         let config = &self.app.config;
-        let limit = if self.body.streams() {
+        let limit = if self.endpoint.is_probe() {
+            PROBE_TIMEOUT
+        } else if self.body.streams() {
             config.first_byte_timeout
         } else {
             config.answer_timeout
@@ -56,7 +62,7 @@ impl Drive {
         // works.
         self.check_at = self.decode_sent + config.stall_timeout;
         self.decode = Some(Box::pin(async move {
-            client.decode(&url, headers, body, limit).await
+            client.decode(method, &url, headers, body, limit).await
         }));
     }
 
@@ -65,7 +71,7 @@ impl Drive {
         &'a self,
         id: &'a RequestId,
         transfer: Result<(), Fallback>,
-    ) -> (&'static str, &'a RequestId, Bytes) {
+    ) -> (&'a str, &'a RequestId, Bytes) {
         let prefilled = &self.prefilled;
         let handoff = self.handoff.filter(|_| transfer.is_ok());
         let params = handoff.and_then(|handoff| handoff.decode_params(&self.leg_id, prefilled));
@@ -81,7 +87,7 @@ impl Drive {
             Some(params) => self.body.decode_leg(&params),
             None => self.body.local_leg(),
         };
-        (self.endpoint.path(), id, body)
+        (&self.path, id, body)
     }
 
     /// Handles the start of the decode leg's answer, or the leg's failure. After a failure, another instance
@@ -223,6 +229,9 @@ impl Drive {
         Some(pair.decode)
     }
 }
+
+/// Longest wait for the answer to a probe, which needs no computation.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Number of tokens that a request without a token limit is expected to generate. The load of the request's
 /// instance contains this number.

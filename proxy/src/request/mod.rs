@@ -12,6 +12,7 @@ pub(crate) mod response_body;
 pub(crate) mod route_plan;
 pub(crate) mod state;
 
+use std::borrow::Cow;
 use std::future::{Future, pending};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use std::time::Instant;
 
 use axum::response::Response;
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, Method};
 use protocol::RequestId;
 use tokio::select;
 use tokio::sync::OwnedSemaphorePermit;
@@ -33,7 +34,7 @@ use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::error::ApiError;
 use crate::openai::fallback::Fallback;
-use crate::openai::headers::leg_headers;
+use crate::openai::headers::{keep_content_type, leg_headers};
 use crate::openai::request_id;
 use crate::request::context::RequestContext;
 use crate::request::failure::Failure;
@@ -52,6 +53,10 @@ pub(crate) struct Arrival {
     pub at: Instant,
     /// The endpoint that the client has called.
     pub endpoint: Endpoint,
+    /// The client's method.
+    pub method: Method,
+    /// The client's path, with the query if an engine reads it.
+    pub path: Cow<'static, str>,
     /// The id that the proxy has given the request.
     pub id: RequestId,
     /// The client's headers.
@@ -67,6 +72,8 @@ type DecodeLeg = Pin<Box<dyn Future<Output = Result<Answer, LegError>> + Send>>;
 struct Drive {
     app: Arc<App>,
     endpoint: Endpoint,
+    method: Method,
+    path: Cow<'static, str>,
     headers: HeaderMap,
     body: RequestBody,
     plan: RoutePlan,
@@ -138,7 +145,10 @@ pub(crate) async fn serve(
 ) -> Result<Response, ApiError> {
     // Parse and route first: a request that cannot be parsed or routed gets an error before it counts as
     // arrived.
-    let body = RequestBody::parse(arrival.body)?;
+    let body = match arrival.endpoint.generates() {
+        true => RequestBody::parse(arrival.body)?,
+        false => RequestBody::opaque(arrival.body),
+    };
     let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = plan.route(app, &[])?;
     // Each request that gets no transfer because of its cost makes the estimated cost a little smaller. If
@@ -157,6 +167,9 @@ pub(crate) async fn serve(
     }
     let named = request_id::header_value(&arrival.id);
     let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
+    if !arrival.endpoint.generates() {
+        keep_content_type(&mut headers, &arrival.headers);
+    }
     let trace = app.spans.is_some().then(|| Trace::of(&arrival.headers));
     if let Some(trace) = &trace {
         trace.pass_on(&mut headers);
@@ -167,6 +180,8 @@ pub(crate) async fn serve(
     let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
+        method: arrival.method,
+        path: arrival.path,
         headers,
         body,
         plan,
@@ -251,7 +266,7 @@ impl Drive {
         {
             self.app.measured.handed_over(end.elapsed());
         }
-        if !context.waits_for_kv() && answer.rest.is_some() {
+        if !context.waits_for_kv() && answer.rest.is_some() && self.endpoint.generates() {
             // This engine alone computed the prompt, so the time to its first event measures the prefill.
             let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
             let took = self.decode_sent.elapsed();

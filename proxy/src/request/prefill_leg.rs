@@ -48,6 +48,7 @@ impl Drive {
         let leg = PrefillLeg {
             client: self.app.client.clone(),
             endpoint: self.endpoint,
+            path: self.path.clone(),
             headers: self.leg_headers(&self.leg_id),
             body: self.body.clone(),
             id: self.leg_id.clone(),

@@ -1,5 +1,6 @@
 //! The prefill leg of a request, in the form that its connector needs.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -22,6 +23,8 @@ pub(crate) struct PrefillLeg {
     pub client: Client,
     /// The endpoint that the client has called.
     pub endpoint: Endpoint,
+    /// The path that the client has called.
+    pub path: Cow<'static, str>,
     /// Headers of the leg.
     pub headers: HeaderMap,
     /// The client's body.
@@ -57,8 +60,8 @@ impl PrefillLeg {
             decode: self.decode.kv_address(),
             overlap: self.overlap,
         });
-        let (endpoint, body) = self.request(form, tokens.as_deref(), params.as_deref());
-        let url = self.prefill.http.join(endpoint.path());
+        let (path, body) = self.request(form, tokens.as_deref(), params.as_deref());
+        let url = self.prefill.http.join(path);
         let headers = std::mem::take(&mut self.headers);
         let sent = self.client.prefill(&url, headers, body, self.handoff);
         let end = sent.await;
@@ -74,25 +77,25 @@ impl PrefillLeg {
         PrefillEnd::Answered(prefilled)
     }
 
-    /// Returns the endpoint and the body of the leg. `tokens` is the prompt as token ids, in JSON; `None` if
+    /// Returns the path and the body of the leg. `tokens` is the prompt as token ids, in JSON; `None` if
     /// the leg carries the client's own prompt.
     fn request(
         &self,
         form: PrefillForm,
         tokens: Option<&str>,
         params: Option<&str>,
-    ) -> (Endpoint, Bytes) {
+    ) -> (&str, Bytes) {
         if let Some(tokens) = tokens {
             let params = params.unwrap_or_default();
             let body = first_token::prefill_body(&self.body, tokens, params);
-            return (Endpoint::Completions, body);
+            return (Endpoint::Completions.path(), body);
         }
         let answer = match form {
             PrefillForm::FirstToken => PrefillAnswer::FirstToken,
             PrefillForm::Discarded | PrefillForm::TokenIds => PrefillAnswer::Nothing,
         };
         let body = self.body.prefill_leg(self.endpoint, params, answer);
-        (self.endpoint, body)
+        (&self.path, body)
     }
 
     /// Returns the prompt as token ids, in JSON: from the request itself, or from the engine's `/tokenize`.

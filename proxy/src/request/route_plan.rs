@@ -41,6 +41,15 @@ impl RoutePlan {
         endpoint: Endpoint,
         headers: &HeaderMap,
     ) -> Self {
+        if let Endpoint::Passed(passed) = endpoint {
+            return Self::whole(
+                Fallback::PassedOn,
+                match passed.is_generating() {
+                    true => body.len() / BYTES_PER_TOKEN,
+                    false => 0,
+                },
+            );
+        }
         let remembers = app.remembers();
         let policies = [app.config.prefill_policy, app.config.decode_policy];
         let by_session = policies.into_iter().any(Policy::reads_sessions);
@@ -74,9 +83,15 @@ impl RoutePlan {
     /// # Errors
     /// No decode instance is ready.
     pub(crate) fn any(app: &App) -> Result<Pair, NoRoute> {
-        let nothing = Self {
-            tokens: 0,
-            fallback: Some(Fallback::NothingToDecode),
+        Self::whole(Fallback::NothingToDecode, 0).route(app, &[])
+    }
+
+    /// Returns the plan of a request that one decode instance serves alone. `tokens` is the estimated length of
+    /// its prompts.
+    fn whole(fallback: Fallback, tokens: u64) -> Self {
+        Self {
+            tokens,
+            fallback: Some(fallback),
             is_splittable: false,
             is_salted: false,
             sidecars_only: None,
@@ -84,8 +99,7 @@ impl RoutePlan {
             prompt: None,
             known: PrefixMatch::default(),
             refused: Vec::new(),
-        };
-        nothing.route(app, &[])
+        }
     }
 
     /// Chooses the instances of the request. Excludes the instances in `failed`.

@@ -1,5 +1,6 @@
 //! The HTTP endpoints.
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,8 +8,9 @@ use std::time::{Duration, Instant};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{MethodFilter, MethodRouter, delete, get, on, post};
 use axum::{Json, Router};
+use bytes::Bytes;
 use http::{HeaderMap, StatusCode, header};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
@@ -20,7 +22,8 @@ use crate::openai::endpoint::Endpoint;
 use crate::openai::error::{ApiError, Code};
 use crate::openai::headers::leg_headers;
 use crate::openai::keys::may_ask;
-use crate::openai::origin::require_json;
+use crate::openai::origin::{refuse_other_sites, require_json};
+use crate::openai::passed::{Methods, PASSED_ON, PassedOn};
 use crate::openai::request_id;
 use crate::request::response_body;
 use crate::request::route_plan::RoutePlan;
@@ -38,7 +41,10 @@ pub(crate) fn router(app: Arc<App>) -> Router {
 }
 
 fn routes(app: Arc<App>) -> Router {
-    Router::new()
+    let passed = PASSED_ON.iter().fold(Router::new(), |router, passed| {
+        router.route(passed.path, pass_on(passed))
+    });
+    passed
         .route(
             Endpoint::Completions.path(),
             post(|app, request| complete(app, Endpoint::Completions, request)),
@@ -66,14 +72,45 @@ fn routes(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// Serves a completion or chat request. Each response carries the request's id.
+/// Returns the handler of an endpoint whose requests are passed on.
+fn pass_on(passed: &'static PassedOn) -> MethodRouter<Arc<App>> {
+    let methods = match passed.methods {
+        Methods::Get => MethodFilter::GET,
+        Methods::Post => MethodFilter::POST,
+        Methods::GetPost => MethodFilter::GET.or(MethodFilter::POST),
+    };
+    on(methods, move |app, request| {
+        complete(app, Endpoint::Passed(passed), request)
+    })
+}
+
+/// Serves a request for an endpoint of the engines. Each response carries the request's id.
 async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Request) -> Response {
     let at = Instant::now();
     let (head, body) = request.into_parts();
     let id = request_id::assign(&head.headers);
     let named = request_id::header_value(&id);
     let peer = peer(&head.extensions);
-    let answered = accept(&app, endpoint, id, at, head.headers, body, peer).await;
+    let path = match endpoint {
+        Endpoint::Passed(_) => Cow::Owned(
+            head.uri
+                .path_and_query()
+                .map_or("", |p| p.as_str())
+                .to_owned(),
+        ),
+        _ => Cow::Borrowed(endpoint.path()),
+    };
+    // The proxy knows nothing of the body yet.
+    let arrival = Arrival {
+        at,
+        endpoint,
+        method: head.method,
+        path,
+        id,
+        headers: head.headers,
+        body: Bytes::new(),
+    };
+    let answered = accept(&app, arrival, body, peer).await;
     let mut response = answered.unwrap_or_else(|error| {
         app.metrics.rejected(error.code());
         tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
@@ -90,20 +127,23 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
 /// Checks and reads a request, reserves its place, and serves it.
 async fn accept(
     app: &Arc<App>,
-    endpoint: Endpoint,
-    id: protocol::RequestId,
-    at: Instant,
-    headers: HeaderMap,
+    mut arrival: Arrival,
     body: Body,
     peer: Option<IpAddr>,
 ) -> Result<Response, ApiError> {
-    may_ask(&app.config.access, &headers)?;
-    require_json(&headers)?;
+    if !arrival.endpoint.is_probe() {
+        may_ask(&app.config.access, &arrival.headers)?;
+    }
+    if arrival.endpoint.generates() {
+        require_json(&arrival.headers)?;
+    } else {
+        refuse_other_sites(&arrival.headers)?;
+    }
     let draining = || ApiError::new(Code::Draining, "the proxy is shutting down");
     if app.draining.is_cancelled() {
         return Err(draining());
     }
-    let body = read(app, body, app.config.max_body_bytes, peer).await?;
+    arrival.body = read(app, body, app.config.max_body_bytes, peer).await?;
     if app.draining.is_cancelled() {
         return Err(draining());
     }
@@ -116,13 +156,6 @@ async fn accept(
             format!("{most} requests are already in flight (--max-in-flight)"),
         )
     })?;
-    let arrival = Arrival {
-        at,
-        endpoint,
-        id,
-        headers,
-        body,
-    };
     request::serve(app, permit, arrival).await
 }
 
@@ -262,7 +295,7 @@ async fn decoded(routes: Router, mut request: Request) -> Response {
 async fn not_found(request: Request) -> Response {
     let uri = request.uri();
     if let Some(path) = uri.path().strip_suffix('/')
-        && OPENAI.contains(&path)
+        && (OPENAI.contains(&path) || PASSED_ON.iter().any(|passed| passed.path == path))
     {
         let query = uri.query().map(|query| format!("?{query}"));
         let there = format!("{path}{}", query.unwrap_or_default());

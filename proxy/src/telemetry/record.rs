@@ -19,7 +19,7 @@ pub(crate) struct Record {
     pub leg_id: Option<String>,
     /// Time of the arrival, in milliseconds since 1970.
     pub arrived_unix_ms: u64,
-    /// `completions` or `chat`.
+    /// `completions`, `chat`, or the path of an endpoint whose requests are passed on.
     pub endpoint: &'static str,
     /// True if the answer is an event stream.
     pub stream: bool,

@@ -120,9 +120,9 @@ impl Client {
         whole(response, MAX_HELD).await
     }
 
-    /// Sends a decode leg and waits up to `limit` for the first event of its answer, or for the whole answer
-    /// if the answer is short and not streamed. Before the first event has come, another instance can take
-    /// over, and the client does not notice.
+    /// Sends a decode leg, or any other request to one instance. Waits up to `limit` for the first event of the
+    /// answer, or for the whole answer if the answer is short and not streamed. Before the first event has
+    /// come, another instance can take over, and the client does not notice.
     ///
     /// # Errors
     /// There was no answer, or its status says that another instance may have a better answer.
@@ -131,6 +131,7 @@ impl Client {
     /// Dropping the future closes the connection, so that the engine aborts the request.
     pub(crate) async fn decode(
         &self,
+        method: Method,
         url: &str,
         headers: HeaderMap,
         body: Bytes,
@@ -138,7 +139,7 @@ impl Client {
     ) -> Result<Answer, LegError> {
         let deadline = Instant::now() + limit;
         let late = || LegError::Timeout(limit);
-        let response = timeout_at(deadline, self.send(Method::POST, url, headers, body))
+        let response = timeout_at(deadline, self.send(method, url, headers, body))
             .await
             .map_err(|_| late())??;
         let (head, mut rest) = response.into_parts();

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use clap::CommandFactory;
-use proxy::{Code, Config, Fallback, Metrics, Outcome};
+use proxy::{Code, Config, Fallback, Metrics, Outcome, PASSED_ON};
 
 const OVERVIEW: &str = include_str!("../../../docs/proxy/overview.md");
 const FLAGS: &str = include_str!("../../../docs/proxy/flags.md");
@@ -82,6 +82,17 @@ fn flags() {
 fn reasons() {
     let heading = "## Reasons of the proxy";
     assert_eq!(documented(REASONS, heading), set(Fallback::ALL));
+}
+
+#[test]
+fn endpoints_that_are_passed_on() {
+    let mut shown = documented(OVERVIEW, "### Endpoints that are passed on");
+    for passed in &PASSED_ON {
+        let row = format!("| `{}` | {} |", passed.path, passed.methods.as_str());
+        assert!(OVERVIEW.contains(&row), "no row begins with {row}");
+        shown.remove(passed.path);
+    }
+    assert!(shown.is_empty(), "the proxy does not pass on {shown:?}");
 }
 
 #[test]

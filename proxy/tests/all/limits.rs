@@ -43,7 +43,7 @@ async fn refusals_have_openais_shape() {
         "no_decode_instance",
     );
     refused(client.get("/v1/models").await, 503, "no_decode_instance");
-    refused(client.get("/v1/embeddings").await, 404, "not_found");
+    refused(client.get("/v1/unheard-of").await, 404, "not_found");
     refused(client.get(COMPLETIONS).await, 405, "method_not_allowed");
     refused(
         client.post("/metrics", &json!({})).await,

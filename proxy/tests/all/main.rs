@@ -10,6 +10,7 @@ mod failures;
 mod legs;
 mod limits;
 mod links;
+mod passed;
 mod registration;
 mod replaced;
 mod shapes;

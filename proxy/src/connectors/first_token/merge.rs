@@ -13,7 +13,7 @@ use crate::openai::sse::end_of_event;
 /// the same id, model and time.
 #[derive(Clone, Debug)]
 pub(crate) struct Merger {
-    endpoint: Endpoint,
+    form: Form,
     id: String,
     model: Value,
     created: u64,
@@ -26,6 +26,13 @@ pub(crate) struct Merger {
     searched: usize,
 }
 
+/// The form of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Completion,
+    Chat,
+}
+
 impl Merger {
     /// Creates the merger for the answer to the request `id`. `model` is JSON.
     pub(crate) fn new(
@@ -34,13 +41,14 @@ impl Merger {
         model: Option<&str>,
         first: FirstToken,
     ) -> Self {
-        let kind = match endpoint {
-            Endpoint::Completions => "cmpl",
-            Endpoint::Chat => "chatcmpl",
+        // Only these two endpoints have answers that can be merged.
+        let (form, kind) = match endpoint {
+            Endpoint::Completions => (Form::Completion, "cmpl"),
+            _ => (Form::Chat, "chatcmpl"),
         };
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Self {
-            endpoint,
+            form,
             id: format!("{kind}-{id}"),
             model: model
                 .and_then(|text| serde_json::from_str(text).ok())
@@ -55,7 +63,7 @@ impl Merger {
     /// Returns the events that the client gets before the decode leg is sent.
     pub(crate) fn head(&self) -> Bytes {
         let mut out = Vec::new();
-        if self.endpoint == Endpoint::Chat {
+        if self.form == Form::Chat {
             self.event(
                 &mut out,
                 json!({"role": "assistant", "content": ""}),
@@ -63,9 +71,9 @@ impl Merger {
             );
         }
         let text = Value::from(self.first.text.as_str());
-        let delta = match self.endpoint {
-            Endpoint::Completions => text,
-            Endpoint::Chat => json!({"content": text}),
+        let delta = match self.form {
+            Form::Completion => text,
+            Form::Chat => json!({"content": text}),
         };
         self.event(&mut out, delta, &Value::Null);
         out.into()
@@ -74,9 +82,9 @@ impl Merger {
     /// Returns the whole stream of an answer that ends with its first token.
     pub(crate) fn only_head(&self) -> Bytes {
         let mut out = self.head().to_vec();
-        let delta = match self.endpoint {
-            Endpoint::Completions => json!(""),
-            Endpoint::Chat => json!({}),
+        let delta = match self.form {
+            Form::Completion => json!(""),
+            Form::Chat => json!({}),
         };
         self.event(&mut out, delta, &json!(self.first.finish_reason));
         out.extend_from_slice(b"data: [DONE]\n\n");
@@ -130,11 +138,11 @@ impl Merger {
     }
 
     fn finish(&self, mut answer: Value, text: String, reason: &Value) -> Bytes {
-        let choice = match self.endpoint {
-            Endpoint::Completions => {
+        let choice = match self.form {
+            Form::Completion => {
                 json!({"index": 0, "text": text, "logprobs": null, "finish_reason": reason})
             }
-            Endpoint::Chat => json!({"index": 0, "logprobs": null, "finish_reason": reason,
+            Form::Chat => json!({"index": 0, "logprobs": null, "finish_reason": reason,
                 "message": {"role": "assistant", "content": text}}),
         };
         answer["id"] = json!(self.id);
@@ -158,9 +166,9 @@ impl Merger {
         match choice {
             Some(choice) => {
                 let text = &choice["text"];
-                let delta = match self.endpoint {
-                    Endpoint::Completions => text.clone(),
-                    Endpoint::Chat => json!({"content": text}),
+                let delta = match self.form {
+                    Form::Completion => text.clone(),
+                    Form::Chat => json!({"content": text}),
                 };
                 answer["choices"] = json!([self.choice(delta, &choice["finish_reason"])]);
             }
@@ -184,18 +192,18 @@ impl Merger {
     }
 
     fn choice(&self, delta: Value, reason: &Value) -> Value {
-        let name = match self.endpoint {
-            Endpoint::Completions => "text",
-            Endpoint::Chat => "delta",
+        let name = match self.form {
+            Form::Completion => "text",
+            Form::Chat => "delta",
         };
         json!({"index": 0, name: delta, "logprobs": null, "finish_reason": reason})
     }
 
     fn object(&self, stream: bool) -> &'static str {
-        match (self.endpoint, stream) {
-            (Endpoint::Completions, _) => "text_completion",
-            (Endpoint::Chat, true) => "chat.completion.chunk",
-            (Endpoint::Chat, false) => "chat.completion",
+        match (self.form, stream) {
+            (Form::Completion, _) => "text_completion",
+            (Form::Chat, true) => "chat.completion.chunk",
+            (Form::Chat, false) => "chat.completion",
         }
     }
 

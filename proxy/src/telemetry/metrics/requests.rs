@@ -95,7 +95,7 @@ impl Requests {
     }
 
     fn touch(&self) {
-        for endpoint in [Endpoint::Completions, Endpoint::Chat] {
+        for endpoint in Endpoint::names() {
             for outcome in Outcome::ALL {
                 touch(&self.ended, request_labels(endpoint, outcome));
             }
@@ -122,9 +122,12 @@ impl Metrics {
     pub fn ended(&self, endpoint: Endpoint, outcome: Outcome, total: Duration) {
         let requests = &self.requests;
         requests.in_flight.dec();
-        let labels = request_labels(endpoint, outcome);
+        let labels = request_labels(endpoint.as_str(), outcome);
         requests.ended.get_or_create(&labels).inc();
-        requests.total.observe(total.as_secs_f64());
+        // A probe takes a millisecond. It would hide the times of the requests that generate text.
+        if endpoint.generates() {
+            requests.total.observe(total.as_secs_f64());
+        }
     }
 
     /// Counts a request that got an error before any leg was sent.
@@ -178,11 +181,8 @@ fn leg_labels(leg: Leg) -> Labels<2> {
     Labels([("leg", leg), ("kind", kind)])
 }
 
-fn request_labels(endpoint: Endpoint, outcome: Outcome) -> Labels<2> {
-    Labels([
-        ("endpoint", endpoint.as_str()),
-        ("outcome", outcome.as_str()),
-    ])
+fn request_labels(endpoint: &'static str, outcome: Outcome) -> Labels<2> {
+    Labels([("endpoint", endpoint), ("outcome", outcome.as_str())])
 }
 
 /// Returns a histogram of times from 1 ms (a scripted engine's answer) to 2 min (a long generation).

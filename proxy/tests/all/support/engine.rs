@@ -46,6 +46,8 @@ pub enum Then {
 /// A request as the engine received it.
 #[derive(Clone, Debug)]
 pub struct Seen {
+    pub method: String,
+    /// The path and the query.
     pub path: String,
     pub headers: HeaderMap,
     pub text: String,
@@ -161,7 +163,8 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let bytes = body.collect().await.unwrap().to_bytes();
     let seen = Seen {
-        path: head.uri.path().into(),
+        method: head.method.to_string(),
+        path: head.uri.to_string(),
         headers: head.headers,
         text: String::from_utf8(bytes.to_vec()).unwrap(),
     };
@@ -179,7 +182,8 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
         return answer(200, &json!({"object": "list", "data": [{"id": "m"}]}));
     }
     // The transfer parameters show which leg this is.
-    let params = &seen.json()["kv_transfer_params"];
+    let body: Value = serde_json::from_str(&seen.text).unwrap_or_default();
+    let params = &body["kv_transfer_params"];
     let (leg, reply) = if params["do_remote_decode"] == true || params["ret_first_tok"] == true {
         ("prefill", &engine.prefill)
     } else if params["do_remote_prefill"] == true {

@@ -38,7 +38,7 @@ fn streams() {
         let events = events(&out);
         let text = |event: &Value| match endpoint {
             Endpoint::Completions => event["choices"][0]["text"].clone(),
-            Endpoint::Chat => event["choices"][0]["delta"]["content"].clone(),
+            _ => event["choices"][0]["delta"]["content"].clone(),
         };
         let said: Vec<_> = events[..words.len()].iter().map(text).collect();
         assert_eq!(said, words);
