@@ -67,7 +67,7 @@ pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<By
             "chat_template_kwargs",
         ],
         // These requests never continue after their first token.
-        Endpoint::Passed(_) => return None,
+        Endpoint::Messages | Endpoint::Responses | Endpoint::Passed(_) => return None,
     };
     Some(body.only(names))
 }

@@ -17,6 +17,7 @@ pub(super) static SPEC: Spec = Spec {
     has_zmq: false,
     needs_first_token: true,
     ignores_salt: true,
+    splits_all_endpoints: false,
     receives: &[
         (Connector::Lmcache, &ToLmcache),
         (Connector::Sidecar, &ToLmcache),

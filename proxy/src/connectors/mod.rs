@@ -94,6 +94,10 @@ pub(crate) struct Spec {
     /// True if the connector finds KV by the tokens alone. The KV of a request with a `cache_salt` never goes
     /// to or from an instance with this connector, because requests with other salts would find the KV.
     pub ignores_salt: bool,
+    /// True if instances hand KV over for `/v1/messages` and `/v1/responses`, too. It is false if a leg of these
+    /// endpoints cannot carry all that the connector needs: a request id of the proxy's choice, or a request for
+    /// the first token.
+    pub splits_all_endpoints: bool,
     /// The hand-offs to a decode instance with this connector, each with the connector of the prefill
     /// instance.
     pub receives: &'static [(Connector, &'static dyn Handoff)],

@@ -13,6 +13,7 @@ pub(super) static SPEC: Spec = Spec {
     has_zmq: true,
     needs_first_token: false,
     ignores_salt: false,
+    splits_all_endpoints: false,
     receives: &[(Connector::P2pNccl, &P2pNccl)],
 };
 

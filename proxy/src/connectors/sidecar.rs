@@ -14,6 +14,7 @@ pub(super) static SPEC: Spec = Spec {
     has_zmq: false,
     needs_first_token: false,
     ignores_salt: false,
+    splits_all_endpoints: true,
     receives: &[
         (Connector::Sidecar, &Sidecar),
         (Connector::Lmcache, &FromLmcache),

@@ -17,6 +17,7 @@ use crate::openai::fallback::Fallback;
 
 mod fields;
 mod kinds;
+mod newer;
 mod shape;
 mod text;
 
@@ -163,7 +164,14 @@ impl RequestBody {
         {
             return Some(Fallback::NothingToDecode);
         }
-        (endpoint == Endpoint::Chat && self.has_named_media()).then_some(Fallback::Multimodal)
+        match endpoint {
+            Endpoint::Chat if self.has_named_media() => Some(Fallback::Multimodal),
+            Endpoint::Messages if self.has_blocks_of_media("messages") => {
+                Some(Fallback::Multimodal)
+            }
+            Endpoint::Responses => self.fallback_of_response(),
+            _ => None,
+        }
     }
 
     /// Returns the reason for which only instances with sidecars can transfer KV for this request; `None` if
@@ -202,10 +210,14 @@ impl RequestBody {
             Some(Kind::Tokenized | Kind::Prompt | Kind::Asker) | None => true,
         };
         let mut set = vec![("stream", "false")];
+        if endpoint == Endpoint::Responses {
+            // The client gets, and later names, only the response of the decode instance.
+            set.push(("store", "false"));
+        }
         if is_answer {
             set.push(("return_token_ids", "true"));
             set.extend(self.first_of_min_tokens());
-        } else {
+        } else if endpoint != Endpoint::Messages {
             // Some connectors hand KV over only if the length limit ended the answer. Without
             // `ignore_eos`, an end-of-sequence token could end the answer instead.
             set.push(("ignore_eos", "true"));
@@ -213,7 +225,10 @@ impl RequestBody {
         if endpoint == Endpoint::Chat && self.is_set("max_completion_tokens") {
             set.push(("max_completion_tokens", "1"));
         }
-        set.push(("max_tokens", "1"));
+        set.push(match endpoint {
+            Endpoint::Responses => ("max_output_tokens", "1"),
+            _ => ("max_tokens", "1"),
+        });
         set.extend(params.map(|params| (TRANSFER, params)));
         self.with(keep, &set)
     }
@@ -309,11 +324,11 @@ impl RequestBody {
     /// Returns the maximum number of tokens that the client wants; `None` if the client gives no maximum.
     pub(crate) fn max_tokens(&self, endpoint: Endpoint) -> Option<u64> {
         let read = |name| self.json(name)?.parse().ok();
-        let newer = match endpoint {
-            Endpoint::Chat => read("max_completion_tokens"),
-            Endpoint::Completions | Endpoint::Passed(_) => None,
-        };
-        newer.or_else(|| read("max_tokens"))
+        match endpoint {
+            Endpoint::Chat => read("max_completion_tokens").or_else(|| read("max_tokens")),
+            Endpoint::Responses => read("max_output_tokens"),
+            Endpoint::Completions | Endpoint::Messages | Endpoint::Passed(_) => read("max_tokens"),
+        }
     }
 
     /// Returns the names of the fields, with an empty name for each run of unknown fields.

@@ -9,6 +9,10 @@ pub enum Endpoint {
     Completions,
     /// `/v1/chat/completions`
     Chat,
+    /// `/v1/messages`, Anthropic's endpoint for chats.
+    Messages,
+    /// `/v1/responses`, OpenAI's endpoint for chats that the engine may store.
+    Responses,
     /// An endpoint whose requests are passed whole to one decode instance.
     Passed(&'static PassedOn),
 }
@@ -19,6 +23,8 @@ impl Endpoint {
         match self {
             Self::Completions => "/v1/completions",
             Self::Chat => "/v1/chat/completions",
+            Self::Messages => "/v1/messages",
+            Self::Responses => "/v1/responses",
             Self::Passed(passed) => passed.path,
         }
     }
@@ -28,6 +34,8 @@ impl Endpoint {
         match self {
             Self::Completions => "completions",
             Self::Chat => "chat",
+            Self::Messages => "messages",
+            Self::Responses => "responses",
             Self::Passed(_) => "passed",
         }
     }
@@ -52,7 +60,7 @@ impl Endpoint {
     }
 
     /// Returns the names of all endpoints in metrics, so that metrics have all label values from the start.
-    pub(crate) fn names() -> [&'static str; 3] {
-        ["completions", "chat", "passed"]
+    pub(crate) fn names() -> [&'static str; 5] {
+        ["completions", "chat", "messages", "responses", "passed"]
     }
 }

@@ -5,6 +5,9 @@ use axum::response::Response;
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
+use serde_json::json;
+
+use crate::openai::endpoint::Endpoint;
 
 /// An error that a client sees.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -159,11 +162,34 @@ impl ApiError {
     /// Turns the error into an event, for a stream that has already begun. The leading blank line ends
     /// the previous event if that event is incomplete. No `[DONE]` follows, because the answer is not
     /// complete.
-    pub(crate) fn into_event(self) -> Bytes {
-        let mut event = b"\n\ndata: ".to_vec();
-        event.extend_from_slice(&self.json());
+    pub(crate) fn into_event(self, endpoint: Endpoint) -> Bytes {
+        // Clients of the newer endpoints find events by their names.
+        let name: &[u8] = match endpoint {
+            Endpoint::Messages | Endpoint::Responses => b"event: error\n",
+            _ => b"",
+        };
+        let mut event = [b"\n\n", name, b"data: "].concat();
+        event.extend_from_slice(&match endpoint {
+            Endpoint::Messages => self.messages_json(),
+            Endpoint::Responses => self.responses_json(),
+            _ => self.json(),
+        });
         event.extend_from_slice(b"\n\n");
         event.into()
+    }
+
+    /// Returns the error as Anthropic's clients read it.
+    fn messages_json(&self) -> Vec<u8> {
+        let error = json!({"type": self.code.kind(), "message": self.message});
+        // `type` comes first, as in the engine's own events.
+        format!(r#"{{"type":"error","error":{error}}}"#).into_bytes()
+    }
+
+    /// Returns the error as clients of `/v1/responses` read it.
+    fn responses_json(&self) -> Vec<u8> {
+        let (code, message) = (self.code.as_str(), json!(self.message));
+        format!(r#"{{"type":"error","code":"{code}","message":{message},"param":null,"sequence_number":0}}"#)
+            .into_bytes()
     }
 
     fn json(&self) -> Vec<u8> {

@@ -12,8 +12,8 @@ pub enum Fallback {
     Unfit,
     /// Each prefill instance has refused a request of this kind before.
     RefusedBefore,
-    /// `best_of` or beam search turns the request into several engine requests. `n` also turns it into
-    /// several engine requests if the instances have no sidecars.
+    /// `best_of`, beam search or a tool that the engine itself runs turns the request into several engine
+    /// requests. `n` also turns it into several engine requests if the instances have no sidecars.
     ManySequences,
     /// A list of prompts turns the request into several engine requests, and the instances have no sidecars.
     ManyPrompts,
@@ -51,15 +51,19 @@ pub enum Fallback {
     LaterTurn,
     /// The decode instance is expected to finish sooner without a transfer (mode `auto`).
     Cheaper,
-    /// The request cannot continue after its first token on another instance, as LMCache requires.
+    /// The request cannot continue after its first token on another instance, as LMCache requires. Or its
+    /// endpoint is neither completions nor chat, and an instance uses LMCache or P2P NCCL.
     NotExpressible,
     /// Requests of this endpoint are always passed whole to one decode instance.
     PassedOn,
+    /// The request continues a response that one instance has stored, or the instance computes it in the
+    /// background.
+    StoredResponse,
 }
 
 impl Fallback {
     /// All reasons, so that metrics have all label values from the start.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::NoPrefill,
         Self::Unfit,
         Self::RefusedBefore,
@@ -81,6 +85,7 @@ impl Fallback {
         Self::Cheaper,
         Self::NotExpressible,
         Self::PassedOn,
+        Self::StoredResponse,
     ];
 
     /// Returns the name in metrics and logs.
@@ -107,6 +112,7 @@ impl Fallback {
             Self::Cheaper => "cheaper",
             Self::NotExpressible => "not_expressible",
             Self::PassedOn => "passed_on",
+            Self::StoredResponse => "stored_response",
         }
     }
 }

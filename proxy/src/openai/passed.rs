@@ -19,6 +19,8 @@ pub enum Methods {
     Post,
     /// `GET` and `POST`
     GetPost,
+    /// `GET` and `DELETE`
+    GetDelete,
 }
 
 /// The work that a request causes at the engine.
@@ -28,6 +30,9 @@ enum Work {
     Probe,
     /// Work without generated tokens. The body may have any form.
     Compute,
+    /// A question about a stored response, whose id is in the path. Only the instance that holds the response
+    /// can answer.
+    Stored,
     /// Generated tokens. The body is JSON, and must not carry transfer parameters.
     Generate,
 }
@@ -41,9 +46,25 @@ impl PassedOn {
         }
     }
 
+    /// Returns true if this is the endpoint's path.
+    pub(crate) fn is_at(&self, path: &str) -> bool {
+        match self.path.split_once("{id}") {
+            Some((before, after)) => path
+                .strip_prefix(before)
+                .and_then(|rest| rest.strip_suffix(after))
+                .is_some_and(|id| !id.is_empty() && !id.contains('/')),
+            None => self.path == path,
+        }
+    }
+
     /// Returns true if the request causes no work: every client may send it, and it gets no record.
     pub(crate) fn is_probe(&self) -> bool {
         self.work == Work::Probe
+    }
+
+    /// Returns true if the path names a stored response.
+    pub(crate) fn is_of_stored(&self) -> bool {
+        self.work == Work::Stored
     }
 
     /// Returns true if the engine generates tokens. The proxy then reads the body as JSON.
@@ -59,16 +80,20 @@ impl Methods {
             Self::Get => "GET",
             Self::Post => "POST",
             Self::GetPost => "GET, POST",
+            Self::GetDelete => "GET, DELETE",
         }
     }
 }
 
-use Methods::{Get, GetPost, Post};
-use Work::{Compute, Generate, Probe};
+/// SageMaker's endpoint, which takes the bodies of several other endpoints.
+pub(crate) const INVOCATIONS: &str = "/invocations";
+
+use Methods::{Get, GetDelete, GetPost, Post};
+use Work::{Compute, Generate, Probe, Stored};
 
 /// The endpoints. A request for an endpoint that the engine does not have (`/v1/embeddings` of a model that
 /// generates text, for example) gets the engine's own 404.
-pub static PASSED_ON: [PassedOn; 20] = [
+pub static PASSED_ON: [PassedOn; 23] = [
     PassedOn::new("/version", Get, Probe),
     PassedOn::new("/ping", GetPost, Probe),
     PassedOn::new("/load", Get, Probe),
@@ -88,6 +113,11 @@ pub static PASSED_ON: [PassedOn; 20] = [
     PassedOn::new("/v1/messages/count_tokens", Post, Compute),
     PassedOn::new("/v1/audio/transcriptions", Post, Compute),
     PassedOn::new("/v1/audio/translations", Post, Compute),
+    // vLLM 0.32 answers 405 to DELETE.
+    PassedOn::new("/v1/responses/{id}", GetDelete, Stored),
+    PassedOn::new("/v1/responses/{id}/cancel", Post, Stored),
     // vLLM's model of this request has no field for transfer parameters.
     PassedOn::new("/v1/chat/completions/batch", Post, Generate),
+    // The body decides: a chat or a completion is split over two instances, all else is passed on.
+    PassedOn::new(INVOCATIONS, Post, Generate),
 ];

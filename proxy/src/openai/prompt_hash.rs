@@ -23,7 +23,8 @@ impl Prompt {
     pub(crate) fn of(body: &RequestBody, endpoint: Endpoint) -> Self {
         let field = match endpoint {
             Endpoint::Completions => "prompt",
-            Endpoint::Chat | Endpoint::Passed(_) => "messages",
+            Endpoint::Chat | Endpoint::Messages | Endpoint::Passed(_) => "messages",
+            Endpoint::Responses => "input",
         };
         let text = body.json(field).unwrap_or_default().trim_ascii_end();
         let text = text
@@ -31,9 +32,9 @@ impl Prompt {
             .unwrap_or(text)
             .trim_ascii_end();
         let mut seed = 0;
-        // Each adapter has its own model name, and engines share no KV between requests with
-        // different salts. Most chat templates put the tools at the beginning of the prompt.
-        for name in ["model", "cache_salt", "tools", "chat_template_kwargs"] {
+        // Each adapter has its own model name, and engines share no KV between requests with different
+        // salts. Most chat templates put the tools and the system's message at the beginning of the prompt.
+        for name in PREFIX_FIELDS {
             seed = xxh3_64_with_seed(body.json(name).unwrap_or_default().as_bytes(), seed);
         }
         Self::new(text.as_bytes(), seed)
@@ -74,6 +75,16 @@ pub(crate) fn session(headers: &HeaderMap, body: &RequestBody) -> Option<u64> {
     });
     named.map(xxh3_64)
 }
+
+/// Fields that stand before the prompt's own text, or that keep equal prompts apart.
+const PREFIX_FIELDS: [&str; 6] = [
+    "model",
+    "cache_salt",
+    "tools",
+    "chat_template_kwargs",
+    "system",
+    "instructions",
+];
 
 /// Size of a block in bytes. A block is so small that the end of a short question lies in another block than
 /// the end of the text before the question.

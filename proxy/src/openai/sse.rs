@@ -152,6 +152,16 @@ pub(crate) fn error(event: &[u8]) -> Option<&[u8]> {
     data(event).filter(|data| is_error(data))
 }
 
+/// Returns true if the stream's last event has come: `[DONE]`, or the last event of `/v1/messages`.
+pub(crate) fn is_complete(tail: &[u8]) -> bool {
+    let tail = tail.trim_ascii_end();
+    let line = tail
+        .rsplit(|byte| *byte == b'\n')
+        .next()
+        .unwrap_or_default();
+    data(line).is_some_and(|data| data == b"[DONE]" || data.starts_with(MESSAGE_STOP))
+}
+
 /// Returns true if an error ended the stream: its last event before `[DONE]` is an error.
 pub(crate) fn ends_with_error(tail: &[u8]) -> bool {
     let lines = tail.split(|byte| *byte == b'\n');
@@ -161,10 +171,14 @@ pub(crate) fn ends_with_error(tail: &[u8]) -> bool {
 
 fn is_error(data: &[u8]) -> bool {
     let inside = data.strip_prefix(b"{").map(<[u8]>::trim_ascii_start);
-    inside.is_some_and(|inside| inside.starts_with(b"\"error\""))
+    let is_begin = |begin: &[u8]| inside.is_some_and(|inside| inside.starts_with(begin));
+    // The second form is the form of `/v1/messages`.
+    is_begin(b"\"error\"") || is_begin(b"\"type\":\"error\"")
 }
 
 const DATA: &[u8] = b"data:";
+
+const MESSAGE_STOP: &[u8] = b"{\"type\":\"message_stop\"";
 
 /// Maximum number of bytes to hold back. vLLM's first event is below 1 KiB unless the client asks for
 /// the prompt's token ids.

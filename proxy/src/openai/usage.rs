@@ -2,18 +2,45 @@
 
 use serde::Deserialize;
 
-/// OpenAI's `usage` object, with the fields that the proxy logs.
+/// The `usage` object of an answer, with the fields that the proxy logs. The newer endpoints have other names for
+/// the fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "Raw")]
 pub(crate) struct Usage {
     /// Number of tokens of the prompt.
     pub prompt_tokens: u64,
     /// Number of tokens of the answer; 0 if absent.
-    #[serde(default)]
     pub completion_tokens: u64,
     /// Details of the prompt; `None` if the engine does not give them
     /// (`--enable-prompt-tokens-details`).
-    #[serde(default)]
     pub prompt_tokens_details: Option<Details>,
+}
+
+/// The `usage` object as it stands in the answer.
+#[derive(Deserialize)]
+struct Raw {
+    #[serde(alias = "input_tokens")]
+    prompt_tokens: u64,
+    #[serde(default, alias = "output_tokens")]
+    completion_tokens: u64,
+    #[serde(default, alias = "input_tokens_details")]
+    prompt_tokens_details: Option<Details>,
+    /// Only `/v1/messages`: number of cached tokens, which `input_tokens` does not contain.
+    #[serde(default)]
+    cache_read_input_tokens: Option<u64>,
+}
+
+impl From<Raw> for Usage {
+    fn from(raw: Raw) -> Self {
+        let read = raw.cache_read_input_tokens;
+        Self {
+            prompt_tokens: raw.prompt_tokens + read.unwrap_or_default(),
+            completion_tokens: raw.completion_tokens,
+            prompt_tokens_details: raw.prompt_tokens_details.or(read.map(|read| Details {
+                cached_tokens: Some(read),
+            })),
+        }
+    }
 }
 
 /// Details of a prompt's tokens.
@@ -75,6 +102,10 @@ mod tests {
             Some((3, 4)),
         );
         check(r#"{"text":"\"usage\":{\"prompt_tokens\":9}"}"#, None);
+        check(
+            r#"{"usage":{"input_tokens":2,"output_tokens":4,"cache_read_input_tokens":5}}"#,
+            Some((7, 4)),
+        );
         check("", None);
         check(r#"{"usage":"#, None);
     }

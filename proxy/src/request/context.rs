@@ -99,6 +99,11 @@ impl RequestContext {
         action
     }
 
+    /// Returns the endpoint that the client has called.
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
     /// Returns the time at which the request arrived.
     pub(crate) fn arrived(&self) -> Instant {
         self.arrived

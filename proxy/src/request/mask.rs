@@ -4,6 +4,7 @@
 //! that the prefill engine had cached, because the other tokens were computed for this request. The client
 //! does not get `kv_transfer_params`, which a connector addresses to its proxy.
 
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -14,17 +15,19 @@ use http_body::Frame;
 use memchr::{memmem, memrchr};
 use serde::de::IgnoredAny;
 
+use crate::openai::endpoint::Endpoint;
 use crate::state::in_flight::Progress;
 
 /// Masks a whole answer to a request whose KV was moved.
-pub(crate) fn whole(text: Bytes, progress: &Progress) -> Bytes {
-    plain(text, cached(progress))
+pub(crate) fn whole(text: Bytes, endpoint: Endpoint, progress: &Progress) -> Bytes {
+    plain(text, endpoint, cached(progress))
 }
 
 /// Masks a streamed answer to a request whose KV was moved, chunk by chunk.
-pub(crate) fn stream(body: Body, progress: Arc<Progress>) -> Body {
+pub(crate) fn stream(body: Body, endpoint: Endpoint, progress: Arc<Progress>) -> Body {
     Body::new(Masked {
         body,
+        endpoint,
         progress,
         begun: BytesMut::new(),
     })
@@ -32,6 +35,7 @@ pub(crate) fn stream(body: Body, progress: Arc<Progress>) -> Body {
 
 struct Masked {
     body: Body,
+    endpoint: Endpoint,
     progress: Arc<Progress>,
     /// A line that is not complete yet. Lines are masked as a whole, because a field may be split over two
     /// chunks.
@@ -77,7 +81,7 @@ impl Masked {
     /// Takes the first `end` bytes and returns them masked.
     fn line(&mut self, end: usize) -> Frame<Bytes> {
         let text = self.begun.split_to(end).freeze();
-        Frame::data(plain(text, cached(&self.progress)))
+        Frame::data(plain(text, self.endpoint, cached(&self.progress)))
     }
 }
 
@@ -88,29 +92,32 @@ fn cached(progress: &Progress) -> Option<u64> {
     progress.prefill_end()?.cached_tokens
 }
 
-/// Returns the text with this number of cached tokens (`null` if `None`) and without transfer parameters.
-fn plain(text: Bytes, cached: Option<u64>) -> Bytes {
-    let cached = cached.map_or_else(|| "null".to_owned(), |cached| cached.to_string());
+/// Returns the text with this number of cached tokens, and without transfer parameters.
+fn plain(text: Bytes, endpoint: Endpoint, cached: Option<u64>) -> Bytes {
     let mut out = Vec::new();
     let mut done = 0;
     // Search for a field again only when the loop has passed the position at which the field was last found,
     // so that an event with many of these fields does not take quadratic time.
-    let mut tokens = cached_tokens(&text, 0);
+    let mut counts = next_counts(&text, 0, endpoint, cached);
     let mut params = value(&text, PARAMS, 0);
     loop {
-        let is_params = match (&tokens, &params) {
+        let is_params = match (counts.first(), &params) {
             (None, None) => break,
-            (Some(tokens), Some(params)) => params.start < tokens.start,
+            (Some((counts, _)), Some(params)) => params.start < counts.start,
             (_, params) => params.is_some(),
         };
-        let found = if is_params { &params } else { &tokens };
-        let Some(found) = found.clone() else { break };
-        let with: &str = if is_params { "null" } else { &cached };
-        out.extend_from_slice(&text[done..found.start]);
-        out.extend_from_slice(with.as_bytes());
-        done = found.end;
-        if tokens.as_ref().is_some_and(|tokens| tokens.start < done) {
-            tokens = cached_tokens(&text, done);
+        let edits = match params.clone().filter(|_| is_params) {
+            Some(params) => vec![(params, "null".to_owned())],
+            None => std::mem::take(&mut counts),
+        };
+        let had_counts = !(is_params && counts.is_empty());
+        for (found, with) in edits {
+            out.extend_from_slice(&text[done..found.start]);
+            out.extend_from_slice(with.as_bytes());
+            done = found.end;
+        }
+        if had_counts && counts.first().is_none_or(|(counts, _)| counts.start < done) {
+            counts = next_counts(&text, done, endpoint, cached);
         }
         if params.as_ref().is_some_and(|params| params.start < done) {
             params = value(&text, PARAMS, done);
@@ -123,16 +130,78 @@ fn plain(text: Bytes, cached: Option<u64>) -> Bytes {
     out.into()
 }
 
-/// Returns the position of the number of cached tokens in the first `prompt_tokens_details` after `from`.
-fn cached_tokens(text: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
-    let details = value(text, DETAILS, from)?;
-    let tokens = value(&text[details.clone()], CACHED, 0)?;
-    Some(details.start + tokens.start..details.start + tokens.end)
+/// Texts that replace parts of a text, in the order of their positions.
+type Edits = Vec<(Range<usize>, String)>;
+
+/// Finds the edits of an object with token counts, for a number of cached tokens.
+type Find = fn(&[u8], Option<u64>) -> Edits;
+
+/// Returns the edits of the first object with token counts after `from` that needs any; empty if no object does.
+fn next_counts(text: &[u8], mut from: usize, endpoint: Endpoint, cached: Option<u64>) -> Edits {
+    let (key, edits): (_, Find) = match endpoint {
+        Endpoint::Messages => (USAGE, counts_of_messages),
+        Endpoint::Responses => (INPUT_DETAILS, counts_of_responses),
+        Endpoint::Completions | Endpoint::Chat | Endpoint::Passed(_) => (DETAILS, counts_of_chats),
+    };
+    while let Some(object) = value(text, key, from) {
+        let found = edits(&text[object.clone()], cached);
+        if !found.is_empty() {
+            let moved = |at: Range<usize>| object.start + at.start..object.start + at.end;
+            return found
+                .into_iter()
+                .map(|(at, with)| (moved(at), with))
+                .collect();
+        }
+        from = object.end;
+    }
+    Vec::new()
+}
+
+/// Returns the edit of `prompt_tokens_details`. An unknown number is `null`, as at an engine that does not give it.
+fn counts_of_chats(details: &[u8], cached: Option<u64>) -> Edits {
+    let shown = cached.map_or_else(|| "null".to_owned(), |cached| cached.to_string());
+    value(details, CACHED, 0)
+        .map(|at| (at, shown))
+        .into_iter()
+        .collect()
+}
+
+/// Returns the edits of `input_tokens_details` in a response, where the number must not be `null`.
+fn counts_of_responses(details: &[u8], cached: Option<u64>) -> Edits {
+    let shown = cached.unwrap_or_default().to_string();
+    let turns = value(details, CACHED_PER_TURN, 0).filter(|at| details[at.clone()] != *b"[]");
+    let turns = turns.map(|at| (at, format!("[{shown}]")));
+    let total = value(details, CACHED, 0).map(|at| (at, shown));
+    let mut edits: Edits = total.into_iter().chain(turns).collect();
+    edits.sort_by_key(|(at, _)| at.start);
+    edits
+}
+
+/// Returns the edits of `usage` in an answer of `/v1/messages`. Its `input_tokens` does not contain the cached
+/// tokens, so the sum of both stays the same.
+fn counts_of_messages(usage: &[u8], cached: Option<u64>) -> Edits {
+    let number = |key| {
+        let at = value(usage, key, 0)?;
+        let number: u64 = std::str::from_utf8(&usage[at.clone()]).ok()?.parse().ok()?;
+        Some((at, number))
+    };
+    let (Some((read_at, read)), Some((input_at, input))) = (number(CACHE_READ), number(INPUT))
+    else {
+        return Vec::new();
+    };
+    let all = input + read;
+    let cached = cached.unwrap_or_default().min(all);
+    let mut edits = vec![
+        (read_at, cached.to_string()),
+        (input_at, (all - cached).to_string()),
+    ];
+    edits.sort_by_key(|(at, _)| at.start);
+    edits
 }
 
 /// Returns the position of the first value of the field `key` after `from` that is not `null`. Text that the
 /// model wrote cannot be mistaken for the field, because quotes inside a JSON string are escaped.
-fn value(text: &[u8], key: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
+fn value(text: &[u8], key: &[u8], from: usize) -> Option<Range<usize>> {
     for at in memmem::find_iter(&text[from..], key) {
         let at = from + at;
         let rest = &text[at + key.len()..];
@@ -155,6 +224,11 @@ fn value(text: &[u8], key: &[u8], from: usize) -> Option<std::ops::Range<usize>>
 
 const DETAILS: &[u8] = b"\"prompt_tokens_details\"";
 const CACHED: &[u8] = b"\"cached_tokens\"";
+const INPUT_DETAILS: &[u8] = b"\"input_tokens_details\"";
+const CACHED_PER_TURN: &[u8] = b"\"cached_tokens_per_turn\"";
+const USAGE: &[u8] = b"\"usage\"";
+const INPUT: &[u8] = b"\"input_tokens\"";
+const CACHE_READ: &[u8] = b"\"cache_read_input_tokens\"";
 const PARAMS: &[u8] = b"\"kv_transfer_params\"";
 
 /// Maximum size of an incomplete line that is held back, in bytes. An answer that is not streamed is a single
@@ -168,7 +242,7 @@ mod tests {
     #[test]
     fn what_is_plain() {
         let check = |given: &'static str, cached, expect: &str| {
-            let plain = plain(Bytes::from_static(given.as_bytes()), cached);
+            let plain = plain(Bytes::from_static(given.as_bytes()), Endpoint::Chat, cached);
             assert_eq!(std::str::from_utf8(&plain).unwrap(), expect);
         };
         let given = r#"{"usage":{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":8,"a":1}},"kv_transfer_params":{"a":[1]},"x":1}"#;
@@ -189,6 +263,37 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_newer_endpoints_have_other_counts() {
+        let check = |endpoint, given: &'static str, cached, expect: &str| {
+            let plain = plain(Bytes::from_static(given.as_bytes()), endpoint, cached);
+            assert_eq!(std::str::from_utf8(&plain).unwrap(), expect);
+        };
+        let responses = r#"{"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":8,"cached_tokens_per_turn":[8]}},"kv_transfer_params":{}}"#;
+        check(
+            Endpoint::Responses,
+            responses,
+            Some(3),
+            r#"{"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":3,"cached_tokens_per_turn":[3]}},"kv_transfer_params":null}"#,
+        );
+        check(
+            Endpoint::Responses,
+            r#"{"input_tokens_details":{"cached_tokens":8,"cached_tokens_per_turn":[]}}"#,
+            None,
+            r#"{"input_tokens_details":{"cached_tokens":0,"cached_tokens_per_turn":[]}}"#,
+        );
+        let messages =
+            r#"{"usage":{"input_tokens":1,"output_tokens":2,"cache_read_input_tokens":8},"x":1}"#;
+        check(
+            Endpoint::Messages,
+            messages,
+            Some(3),
+            r#"{"usage":{"input_tokens":6,"output_tokens":2,"cache_read_input_tokens":3},"x":1}"#,
+        );
+        let without = r#"{"usage":{"input_tokens":9,"output_tokens":2}}"#;
+        check(Endpoint::Messages, without, Some(3), without);
+    }
+
     /// An engine that repeats a field in one long event must not keep the proxy busy: no byte may be searched
     /// twice.
     #[test]
@@ -196,7 +301,7 @@ mod tests {
         let given = r#""kv_transfer_params":{},"#.repeat(MAX_LINE / 96);
         let told = r#""kv_transfer_params":null,"#.repeat(MAX_LINE / 96);
         let begun = std::time::Instant::now();
-        let plain = plain(Bytes::from(given), None);
+        let plain = plain(Bytes::from(given), Endpoint::Chat, None);
         assert!(plain == told, "other text");
         let took = begun.elapsed();
         assert!(took < std::time::Duration::from_secs(5), "{took:?}");

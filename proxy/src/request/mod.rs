@@ -11,6 +11,7 @@ pub(crate) mod prefill_request;
 pub(crate) mod response_body;
 pub(crate) mod route_plan;
 pub(crate) mod state;
+pub(crate) mod stored;
 
 use std::borrow::Cow;
 use std::future::{Future, pending};
@@ -108,6 +109,8 @@ struct Drive {
     /// True if the last decode leg continues after the prefill instance's first token, instead of generating
     /// this token itself.
     is_continuation: bool,
+    /// The id under which the engine may store its response; `None` if it stores none.
+    stored_as: Option<String>,
     /// The error that the client gets if no decode leg succeeds.
     failure: Failure,
 }
@@ -145,12 +148,17 @@ pub(crate) async fn serve(
 ) -> Result<Response, ApiError> {
     // Parse and route first: a request that cannot be parsed or routed gets an error before it counts as
     // arrived.
-    let body = match arrival.endpoint.generates() {
-        true => RequestBody::parse(arrival.body)?,
-        false => RequestBody::opaque(arrival.body),
+    let source = std::mem::take(&mut arrival.body);
+    let mut body = match arrival.endpoint.generates() {
+        true => RequestBody::parse(source)?,
+        false => RequestBody::opaque(source),
     };
-    let plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
-    let pair = plan.route(app, &[])?;
+    arrival.endpoint = body.endpoint(arrival.endpoint);
+    let mut plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
+    let pair = match holder(app, &arrival, &body).await {
+        Some(holder) => plan.pin(app, holder),
+        None => plan.route(app, &[])?,
+    };
     // Each request that gets no transfer because of its cost makes the estimated cost a little smaller. If
     // the estimate never fell, the proxy would try no further transfer after one high measurement.
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
@@ -165,6 +173,7 @@ pub(crate) async fn serve(
     {
         arrival.id = request_id::unique(&chosen.0);
     }
+    let stored_as = stored::stored_as(arrival.endpoint, &mut body)?;
     let named = request_id::header_value(&arrival.id);
     let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
     if !arrival.endpoint.generates() {
@@ -201,6 +210,7 @@ pub(crate) async fn serve(
         decode: None,
         has_sent_first_token: false,
         is_continuation: false,
+        stored_as,
         failure: Failure::shutting_down(),
     };
     // With `--decode-leg arrival`, the decode leg does not wait for the prefill engine to begin.
@@ -212,6 +222,15 @@ pub(crate) async fn serve(
         action = context.on(Event::Begun);
     }
     Ok(drive.run(context, action).await)
+}
+
+/// Returns the instance that holds the stored response which the request names; `None` if the request names none,
+/// or if no instance has the response.
+async fn holder(app: &App, arrival: &Arrival, body: &RequestBody) -> Option<Arc<Instance>> {
+    let id = stored::named_by(arrival.endpoint, &arrival.path, body)?;
+    let named = request_id::header_value(&arrival.id);
+    let headers = leg_headers(&arrival.headers, named, &app.config.access);
+    stored::holder(app, &id, &headers).await
 }
 
 impl Drive {
@@ -274,6 +293,10 @@ impl Drive {
         }
         if answer.head.status.is_success() {
             self.plan.answered(&self.app, &self.pair);
+            if let Some(id) = &self.stored_as {
+                let decode = &self.pair.decode.id;
+                self.app.stored_responses.remember(id, decode);
+            }
         }
         if self.is_continuation
             && !self.has_sent_first_token
@@ -289,7 +312,7 @@ impl Drive {
         if answer.rest.is_none()
             && let Some(progress) = progress.take()
         {
-            answer.held = mask::whole(answer.held, &progress);
+            answer.held = mask::whole(answer.held, self.endpoint, &progress);
         }
         let force_shutdown = self.app.force_shutdown.clone();
         let limits = Silence {
@@ -303,9 +326,10 @@ impl Drive {
                 usize::MAX
             },
         };
+        let endpoint = self.endpoint;
         let response = response_body::respond(context, answer, limits, force_shutdown);
         match progress {
-            Some(progress) => response.map(|body| mask::stream(body, progress)),
+            Some(progress) => response.map(|body| mask::stream(body, endpoint, progress)),
             None => response,
         }
     }

@@ -126,7 +126,8 @@ impl ResponseBody {
         self.context.broke(&error);
         self.context.on(Event::AnswerBroke);
         if self.stream {
-            self.gathered.extend_from_slice(&error.into_event());
+            self.gathered
+                .extend_from_slice(&error.into_event(self.context.endpoint()));
             return self.pass_on();
         }
         Poll::Ready(Some(Err(error)))
@@ -134,7 +135,7 @@ impl ResponseBody {
 
     /// Returns true if the stream's last event has come, even if the body has not ended yet.
     fn is_complete(&self) -> bool {
-        self.stream && self.tail.trim_ascii_end().ends_with(b"data: [DONE]")
+        self.stream && sse::is_complete(&self.tail)
     }
 
     /// Gathers the chunks that are available, and passes them on.

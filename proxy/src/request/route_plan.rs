@@ -1,11 +1,13 @@
 //! The facts about a request on which routing depends, and the facts that routing learns when the request is
 //! answered.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use http::HeaderMap;
 
 use crate::connectors::first_token;
+use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::fallback::Fallback;
@@ -13,7 +15,7 @@ use crate::openai::prompt_hash::{Prompt, session};
 use crate::routing::policy::Policy;
 use crate::routing::prefix_index::PrefixMatch;
 use crate::routing::refusals::Between;
-use crate::routing::{NoRoute, Pair, RouteRequest, route};
+use crate::routing::{Decision, NoRoute, Pair, RouteRequest, route};
 use crate::state::app::{App, Transfers, load_snapshots};
 
 /// The facts about one request on which routing depends.
@@ -26,9 +28,12 @@ pub(crate) struct RoutePlan {
     pub is_splittable: bool,
     is_salted: bool,
     sidecars_only: Option<Fallback>,
+    is_other_endpoint: bool,
     session: Option<u64>,
     prompt: Option<Prompt>,
     known: PrefixMatch,
+    /// True if only one instance can serve the request, because it holds a stored response.
+    is_pinned: bool,
     /// Pairs that are known to refuse requests of this kind.
     refused: Vec<Between>,
 }
@@ -70,9 +75,11 @@ impl RoutePlan {
             is_splittable: first_token::can_express(body, endpoint),
             is_salted: body.is_salted(),
             sidecars_only: body.sidecars_only(endpoint),
+            is_other_endpoint: !matches!(endpoint, Endpoint::Completions | Endpoint::Chat),
             session,
             prompt,
             known,
+            is_pinned: false,
             refused: app.refusals.of(Instant::now(), body, endpoint),
         }
     }
@@ -95,9 +102,11 @@ impl RoutePlan {
             is_splittable: false,
             is_salted: false,
             sidecars_only: None,
+            is_other_endpoint: false,
             session: None,
             prompt: None,
             known: PrefixMatch::default(),
+            is_pinned: false,
             refused: Vec::new(),
         }
     }
@@ -110,11 +119,32 @@ impl RoutePlan {
         self.routed(app, self.fallback, failed)
     }
 
+    /// Chooses the instance that holds the stored response which the request names. From now on, no other
+    /// instance can take over.
+    pub(crate) fn pin(&mut self, app: &App, holder: Arc<Instance>) -> Pair {
+        self.is_pinned = true;
+        Pair {
+            decode: holder,
+            prefill: Err(self.fallback.unwrap_or(Fallback::StoredResponse)),
+            choice: Decision {
+                prefills: 0,
+                decodes: 1,
+                prefill: app.config.prefill_policy,
+                decode: app.config.decode_policy,
+                mode: app.mode.get(),
+                follows: true,
+            },
+        }
+    }
+
     /// Chooses a decode instance that computes the whole request alone.
     ///
     /// # Errors
     /// No decode instance can take the request.
     pub(crate) fn route_decode(&self, app: &App, failed: &[String]) -> Result<Pair, NoRoute> {
+        if self.is_pinned {
+            return Err(NoRoute::AllFailed);
+        }
         self.routed(app, Some(Fallback::DecodeRetry), failed)
     }
 
@@ -137,6 +167,7 @@ impl RoutePlan {
             is_unsplittable: !self.is_splittable,
             is_salted: self.is_salted,
             sidecars_only: self.sidecars_only,
+            is_other_endpoint: self.is_other_endpoint,
             prefill,
             decode,
             mode: app.mode.get(),

@@ -28,6 +28,8 @@ pub(crate) struct RouteRequest<'a> {
     /// The reason for which the request is not split over instances without sidecars; `None` if it may be
     /// split over any pair.
     pub sidecars_only: Option<Fallback>,
+    /// True if the endpoint is neither completions nor chat. Not all connectors can hand KV over for it.
+    pub is_other_endpoint: bool,
     /// Policy and turn for the choice of a prefill instance.
     pub prefill: SideChoice,
     /// Policy and turn for the choice of a decode instance.
@@ -249,6 +251,7 @@ fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
         && prefill.kv.fits(&decode.kv)
         && keeps_salt(prefill, decode, ask)
         && has_sidecars(prefill, decode, ask)
+        && takes_endpoint(prefill, decode, ask)
         && !is_refused(prefill, decode, ask)
 }
 
@@ -262,6 +265,12 @@ fn keeps_salt(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
 fn has_sidecars(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
     let has = |instance: &Instance| instance.connector.spec().has_sidecar;
     ask.sidecars_only.is_none() || (has(prefill) && has(decode))
+}
+
+/// Returns true if both connectors hand KV over for the request's endpoint.
+fn takes_endpoint(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
+    let takes = |instance: &Instance| instance.connector.spec().splits_all_endpoints;
+    !ask.is_other_endpoint || (takes(prefill) && takes(decode))
 }
 
 fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
@@ -288,6 +297,9 @@ fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Inst
         && !fitting.iter().any(|i| has_sidecars(i, decode, ask))
     {
         return why;
+    }
+    if !fitting.is_empty() && !fitting.iter().any(|i| takes_endpoint(i, decode, ask)) {
+        return Fallback::NotExpressible;
     }
     if !fitting.is_empty() && fitting.iter().all(|i| is_refused(i, decode, ask)) {
         return Fallback::RefusedBefore;

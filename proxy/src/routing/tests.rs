@@ -54,6 +54,7 @@ fn ask() -> RouteRequest<'static> {
         is_unsplittable: false,
         is_salted: false,
         sidecars_only: None,
+        is_other_endpoint: false,
         prefill: SideChoice::default(),
         decode: SideChoice::default(),
         mode: Mode::Pd,

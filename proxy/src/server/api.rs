@@ -53,6 +53,14 @@ fn routes(app: Arc<App>) -> Router {
             Endpoint::Chat.path(),
             post(|app, request| complete(app, Endpoint::Chat, request)),
         )
+        .route(
+            Endpoint::Messages.path(),
+            post(|app, request| complete(app, Endpoint::Messages, request)),
+        )
+        .route(
+            Endpoint::Responses.path(),
+            post(|app, request| complete(app, Endpoint::Responses, request)),
+        )
         .route("/v1/models", get(models))
         .route("/health", get(health))
         .route("/healthcheck", get(healthcheck))
@@ -78,6 +86,7 @@ fn pass_on(passed: &'static PassedOn) -> MethodRouter<Arc<App>> {
         Methods::Get => MethodFilter::GET,
         Methods::Post => MethodFilter::POST,
         Methods::GetPost => MethodFilter::GET.or(MethodFilter::POST),
+        Methods::GetDelete => MethodFilter::GET.or(MethodFilter::DELETE),
     };
     on(methods, move |app, request| {
         complete(app, Endpoint::Passed(passed), request)
@@ -295,7 +304,7 @@ async fn decoded(routes: Router, mut request: Request) -> Response {
 async fn not_found(request: Request) -> Response {
     let uri = request.uri();
     if let Some(path) = uri.path().strip_suffix('/')
-        && (OPENAI.contains(&path) || PASSED_ON.iter().any(|passed| passed.path == path))
+        && (OPENAI.contains(&path) || PASSED_ON.iter().any(|passed| passed.is_at(path)))
     {
         let query = uri.query().map(|query| format!("?{query}"));
         let there = format!("{path}{}", query.unwrap_or_default());
@@ -316,9 +325,11 @@ async fn wrong_method(request: Request) -> Response {
 }
 
 /// Paths to which engines redirect a request for the same path with a slash at its end.
-const OPENAI: [&str; 4] = [
+const OPENAI: [&str; 6] = [
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/messages",
+    "/v1/responses",
     "/v1/models",
     "/health",
 ];

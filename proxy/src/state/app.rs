@@ -19,6 +19,7 @@ use crate::routing::policy::Policy;
 use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::refusals::Refusals;
 use crate::state::in_flight::InFlight;
+use crate::state::stored_responses::StoredResponses;
 use crate::state::uploads::Uploads;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::prefill_times::PrefillTimes;
@@ -50,6 +51,8 @@ pub(crate) struct App {
     pub prefill_times: PrefillTimes,
     /// Prefixes that each instance is known to have cached, and the conversations.
     pub prefix_index: PrefixIndex,
+    /// The instances that hold stored responses.
+    pub stored_responses: StoredResponses,
     /// Kinds of requests for which a prefill instance is known to hand over no KV.
     pub refusals: Refusals,
     /// The mode, which decides which requests get a prefill leg.
@@ -90,6 +93,7 @@ impl App {
             mode,
             prefix_index: PrefixIndex::default(),
             refusals: Refusals::default(),
+            stored_responses: StoredResponses::default(),
             measured: Measured::default(),
             client,
             slots: Arc::new(Semaphore::new(config.max_in_flight)),

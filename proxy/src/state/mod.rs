@@ -2,4 +2,5 @@
 
 pub(crate) mod app;
 pub(crate) mod in_flight;
+pub(crate) mod stored_responses;
 pub(crate) mod uploads;

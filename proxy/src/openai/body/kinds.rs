@@ -1,4 +1,4 @@
-//! The fields of OpenAI's and vLLM's requests, sorted by the part of a request that they concern.
+//! The fields of OpenAI's, Anthropic's and vLLM's requests, sorted by the part of a request that they concern.
 //!
 //! A prefill leg keeps the fields that decide the prompt and leaves out the fields that concern the
 //! generation. The leg also keeps unknown fields. If the leg left out an unknown field that decides the
@@ -62,6 +62,8 @@ const KINDS: [(Kind, &[&str]); 6] = [
             "stream_interval",
             "max_tokens",
             "max_completion_tokens",
+            "max_output_tokens",
+            "background",
             "min_tokens",
             "n",
             "best_of",
@@ -111,6 +113,17 @@ const KINDS: [(Kind, &[&str]); 6] = [
             "cache_salt",
             "ec_transfer_params",
             "vllm_xargs",
+            // `/v1/messages`
+            "system",
+            "thinking",
+            "output_config",
+            // `/v1/responses`
+            "input",
+            "instructions",
+            "previous_input_messages",
+            "previous_response_id",
+            "reasoning",
+            "truncation",
         ],
     ),
     (
@@ -131,6 +144,7 @@ const KINDS: [(Kind, &[&str]); 6] = [
         Answer,
         &[
             "stop",
+            "stop_sequences",
             "bad_words",
             "presence_penalty",
             "frequency_penalty",
@@ -154,6 +168,10 @@ const KINDS: [(Kind, &[&str]); 6] = [
             "return_token_ids",
             "return_prompt_text",
             "routed_experts_prompt_start",
+            "text",
+            "include",
+            "max_tool_calls",
+            "enable_response_messages",
         ],
     ),
 ];
