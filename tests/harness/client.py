@@ -42,6 +42,28 @@ def call(url: str, body: object = None, *, method: str | None = None, timeout_s:
         return exchange.response.status, exchange.response.read().decode(errors="replace")
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer of any form."""
+
+    status: int
+    # The names of the headers are in lower case.
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def kind(self) -> str:
+        """The content type; empty if there is none."""
+        return self.headers.get("content-type", "")
+
+
+def ask(url: str, body: object = None, *, method: str | None = None, timeout_s: float = TIMEOUT_S) -> Reply:
+    """Sends one request with `body` as JSON. Returns the whole answer, whatever its status is."""
+    with _Exchange(url, body, method=method, timeout_s=timeout_s) as exchange:
+        headers = {name.lower(): value for name, value in exchange.response.getheaders()}
+        return Reply(exchange.response.status, headers, exchange.response.read().decode(errors="replace"))
+
+
 def get_json(url: str, *, timeout_s: float = 10.0) -> Any:
     status, text = call(url, timeout_s=timeout_s)
     if status // 100 != 2:

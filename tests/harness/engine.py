@@ -88,6 +88,8 @@ class Engine(Part):
             # vLLM serves /reset_prefix_cache only in this mode.
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            # vLLM stores responses of /v1/responses only with this setting.
+            "VLLM_ENABLE_RESPONSES_API_STORE": "1",
             # The engine must not use the network: it must neither download nor report anything.
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",

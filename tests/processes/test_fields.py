@@ -20,9 +20,12 @@ from harness.proxy import Proxy
 from harness.scripted import JsonHandler, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 PROMPTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hello"}]},
     COMPLETIONS: {"prompt": "hello"},
+    MESSAGES: {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 9},
+    RESPONSES: {"input": "hello"},
 }
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -52,6 +55,17 @@ KEPT: dict[str, Any] = {
     "user": "u",
     "ec_transfer_params": {"a": 1},
     "vllm_xargs": {"a": 1},
+    "system": "s",
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+    "output_config": {"effort": "low"},
+    "input": "hi",
+    "instructions": "s",
+    "previous_input_messages": [{"role": "user", "content": "hi"}],
+    "reasoning": {"effort": "low"},
+    "truncation": "auto",
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "prompt_cache_key": "k",
 }
 
 # These fields concern the generation or the form of the answer.
@@ -99,6 +113,13 @@ LEFT_OUT: dict[str, Any] = {
     "return_mm_kwargs": False,
     "repetition_detection": {"max_pattern_size": 4, "min_count": 3},
     "stream_interval": 2,
+    "stop_sequences": ["x"],
+    "max_output_tokens": 9,
+    "max_tool_calls": 2,
+    "include": ["message.output_text.logprobs"],
+    "text": {"format": {"type": "text"}},
+    "enable_response_messages": True,
+    "store": True,
 }
 
 # A chat template may read this field. For a completion the field determines only the form of the answer.
@@ -111,28 +132,50 @@ NO_LEG: dict[str, Any] = {
     "prompt_embeds": "AAAA",
     "cache_salt": "salt",
     "kv_transfer_params": {"do_remote_decode": True},
+    "background": True,
+    "previous_response_id": "resp_1",
 }
+
+# Fields that have another form at these endpoints.
+OTHER_FORM: dict[str, dict[str, Any]] = {
+    MESSAGES: {
+        "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
+        "tool_choice": {"type": "auto"},
+    },
+    RESPONSES: {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}]},
+}
+
+# vLLM has this field, but refuses every value.
+REFUSED = {RESPONSES: {"prompt"}}
 
 # Some fields are valid only together with others.
 BESIDE: dict[str, dict[str, Any]] = {
     "stream_options": {"stream": True},
     "logprob_token_ids": {"logprobs": 1},
     "top_logprobs": {"logprobs": True},
+    "thinking": {"max_tokens": 2048},
 }
 
 
 @cache
 def models() -> dict[str, Any]:
-    """Returns vLLM's models of both requests. The import is in this function, because each worker collects this file
+    """Returns vLLM's models of the requests. The import is in this function, because each worker collects this file
     and vLLM takes long to import.
     """
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    return {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest}
+    return {
+        CHAT: ChatCompletionRequest,
+        COMPLETIONS: CompletionRequest,
+        MESSAGES: AnthropicMessagesRequest,
+        RESPONSES: ResponsesRequest,
+    }
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("path", PROMPTS)
 def test_every_field_is_sorted(path: str) -> None:
     sorted_fields = {*KEPT, *LEFT_OUT, *BY_ENDPOINT, *NO_LEG}
     new = set(models()[path].model_fields) - sorted_fields
@@ -140,22 +183,24 @@ def test_every_field_is_sorted(path: str) -> None:
     assert not new, f"{path}: decide whether a prefill leg carries {sorted(new)}: {where}"
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("path", PROMPTS)
 def test_a_prefill_leg_is_what_vllm_accepts(path: str, engine_in_name: tuple[Proxy, Seen]) -> None:
     from vllm.exceptions import VLLMValidationError
 
     proxy, seen = engine_in_name
-    fields = set(models()[path].model_fields) - set(NO_LEG)
+    fields = set(models()[path].model_fields) - set(NO_LEG) - REFUSED.get(path, set())
+    values = KEPT | LEFT_OUT | BY_ENDPOINT | OTHER_FORM.get(path, {})
     wrong = []
     for name in sorted(fields):
-        body = PROMPTS[path] | BESIDE.get(name, {}) | {name: (KEPT | LEFT_OUT | BY_ENDPOINT)[name]}
+        body = PROMPTS[path] | BESIDE.get(name, {}) | {name: values[name]}
         if path == CHAT and name in ("logprobs", "logprob_token_ids"):
             body["logprobs"] = True
         accepted(path, body)
         seen.legs.clear()
         status, answer = call(f"{proxy.url}{path}", body)
         assert status == 200, (name, answer)
-        (leg,) = [leg for leg in seen.legs if leg.get("max_tokens") == 1 and "kv_transfer_params" in leg]
+        limit = "max_output_tokens" if path == RESPONSES else "max_tokens"
+        (leg,) = [leg for leg in seen.legs if leg.get(limit) == 1 and "kv_transfer_params" in leg]
         try:
             accepted(path, leg)
         except (ValueError, VLLMValidationError) as error:
@@ -171,7 +216,8 @@ def test_a_prefill_leg_is_what_vllm_accepts(path: str, engine_in_name: tuple[Pro
 def accepted(path: str, body: dict[str, Any]) -> None:
     """Raises the error for which vLLM answers 400."""
     request = models()[path].model_validate(json.loads(json.dumps(body)))
-    request.to_sampling_params(16, {})
+    if path != MESSAGES:
+        request.to_sampling_params(16, {})
 
 
 class Seen:
