@@ -154,6 +154,12 @@ pub(crate) async fn serve(
         false => RequestBody::opaque(source),
     };
     arrival.endpoint = body.endpoint(arrival.endpoint);
+    // A client may name its request in the body, which was not read yet when the id was assigned from the
+    // headers.
+    let chosen = request_id::chosen(&arrival.headers, body.json("request_id"));
+    // This may add a field. It comes before routing, because a pair that refuses requests of one shape is found
+    // again by the names of the fields.
+    let stored_as = stored::stored_as(arrival.endpoint, &mut body)?;
     let mut plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = match holder(app, &arrival, &body).await {
         Some(holder) => plan.pin(app, holder),
@@ -164,16 +170,12 @@ pub(crate) async fn serve(
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
         app.measured.stayed();
     }
-    // A client may name its request in the body, which was not read yet when the id was assigned from the
-    // headers.
-    let chosen = request_id::chosen(&arrival.headers, body.json("request_id"));
     if let Some(chosen) = chosen
         .as_ref()
         .filter(|_| !arrival.headers.contains_key(request_id::HEADER))
     {
         arrival.id = request_id::unique(&chosen.0);
     }
-    let stored_as = stored::stored_as(arrival.endpoint, &mut body)?;
     let named = request_id::header_value(&arrival.id);
     let mut headers = leg_headers(&arrival.headers, named, &app.config.access);
     if !arrival.endpoint.generates() {
