@@ -5,13 +5,15 @@ The tests run only on demand, because they start two more engines, which takes a
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench.engines import NixlPair
-from harness.client import complete, post_json
+from harness.client import ask, complete, post_json
 from harness.engine import wait_for
 from harness.model import write_model
 from harness.process import ended_by_signals
@@ -69,3 +71,29 @@ def test_chat_that_is_not_streamed(behind_proxy: tuple[NixlPair, Proxy]) -> None
     assert through["choices"][0]["message"] == alone["choices"][0]["message"]
     assert through["usage"]["completion_tokens"] == 16
     assert records[0]["alone"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "who wrote this file? " * 20}], "max_tokens": 16}),
+        ("/v1/responses", {"input": "who reads this file? " * 20, "max_output_tokens": 16}),
+    ],
+)
+def test_newer_endpoints(behind_proxy: tuple[NixlPair, Proxy], path: str, more: dict[str, Any]) -> None:
+    pair, proxy = behind_proxy
+    body = {"model": "m", "temperature": 0, **more}
+    before = pair.decode.prompt_tokens()
+    through = ask(f"{proxy.url}{path}", body)
+    spent = pair.decode.prompt_tokens() - before
+    record = proxy.record(through.headers["x-request-id"])
+    assert (record["alone"], record["outcome"]) == (None, "done"), record
+    assert spent.external >= record["prompt_tokens"] - 1 > 50, spent
+    pair.decode.reset_prefix_cache()
+    alone = json.loads(ask(f"{pair.decode.url}{path}", body).text)
+    told = json.loads(through.text)
+    output = "content" if path == "/v1/messages" else "output"
+    texts = [[part.get("text") or part["content"][0]["text"] for part in answer[output]] for answer in (told, alone)]
+    assert texts[0] == texts[1]
+    assert told["usage"] == alone["usage"]
+    assert told.get("kv_transfer_params") is None

@@ -15,6 +15,9 @@ pub(crate) struct Prefilled {
     /// Number of prompt tokens that were cached at the prefill instance; `None` if the engine does not
     /// give it.
     pub cached_tokens: Option<u64>,
+    /// Number of prompt tokens that the prefill instance has put into its cache; `None` if the engine does
+    /// not give it.
+    pub written_tokens: Option<u64>,
     /// Transfer parameters for the decode leg, as JSON; `None` if the answer has no parameters for the
     /// decode leg.
     pub params: Option<String>,
@@ -173,6 +176,7 @@ impl<'a> Answer<'a> {
         Prefilled {
             prompt_tokens: self.usage.map(|usage| usage.prompt_tokens),
             cached_tokens: details.and_then(|details| details.cached_tokens).or(added),
+            written_tokens: details.and_then(|details| details.written_tokens),
             ..Prefilled::default()
         }
     }

@@ -28,27 +28,36 @@ struct Raw {
     /// Only `/v1/messages`: number of cached tokens, which `input_tokens` does not contain.
     #[serde(default)]
     cache_read_input_tokens: Option<u64>,
+    /// Only `/v1/messages`: number of tokens put into the cache, which `input_tokens` does not contain.
+    #[serde(default)]
+    cache_creation_input_tokens: Option<u64>,
 }
 
 impl From<Raw> for Usage {
     fn from(raw: Raw) -> Self {
-        let read = raw.cache_read_input_tokens;
+        let (read, written) = (raw.cache_read_input_tokens, raw.cache_creation_input_tokens);
+        let others = read.unwrap_or_default() + written.unwrap_or_default();
+        let details = Details {
+            cached_tokens: read,
+            written_tokens: written,
+        };
         Self {
-            prompt_tokens: raw.prompt_tokens + read.unwrap_or_default(),
+            prompt_tokens: raw.prompt_tokens + others,
             completion_tokens: raw.completion_tokens,
-            prompt_tokens_details: raw.prompt_tokens_details.or(read.map(|read| Details {
-                cached_tokens: Some(read),
-            })),
+            prompt_tokens_details: raw.prompt_tokens_details.or(read.map(|_| details)),
         }
     }
 }
 
 /// Details of a prompt's tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub(crate) struct Details {
     /// Number of tokens that came from a cache and were not computed; `None` if not given.
     #[serde(default)]
     pub cached_tokens: Option<u64>,
+    /// Number of tokens that were computed and put into the cache; `None` if not given.
+    #[serde(default, alias = "created_cache_tokens", alias = "cache_write_tokens")]
+    pub written_tokens: Option<u64>,
 }
 
 /// Finds the last `usage` object in the tail of a JSON or event-stream body.

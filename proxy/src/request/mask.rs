@@ -16,11 +16,12 @@ use memchr::{memmem, memrchr};
 use serde::de::IgnoredAny;
 
 use crate::openai::endpoint::Endpoint;
+use crate::openai::usage::Details;
 use crate::state::in_flight::Progress;
 
 /// Masks a whole answer to a request whose KV was moved.
 pub(crate) fn whole(text: Bytes, endpoint: Endpoint, progress: &Progress) -> Bytes {
-    plain(text, endpoint, cached(progress))
+    plain(text, endpoint, told(progress))
 }
 
 /// Masks a streamed answer to a request whose KV was moved, chunk by chunk.
@@ -81,24 +82,28 @@ impl Masked {
     /// Takes the first `end` bytes and returns them masked.
     fn line(&mut self, end: usize) -> Frame<Bytes> {
         let text = self.begun.split_to(end).freeze();
-        Frame::data(plain(text, self.endpoint, cached(&self.progress)))
+        Frame::data(plain(text, self.endpoint, told(&self.progress)))
     }
 }
 
-/// Returns the number of cached tokens from the prefill leg's answer. Returns `None` if this answer does not
-/// contain the number, or has not come yet. This answer comes so late if the decode leg generates only one
-/// token, because both engines then answer at nearly the same time.
-fn cached(progress: &Progress) -> Option<u64> {
-    progress.prefill_end()?.cached_tokens
+/// Returns the counts of the prefill leg's answer. A count is `None` if this answer does not contain the number, or has
+/// not come yet. This answer comes so late if the decode leg generates only one token, because both engines then answer
+/// at nearly the same time.
+fn told(progress: &Progress) -> Details {
+    let note = progress.prefill_end();
+    Details {
+        cached_tokens: note.as_ref().and_then(|note| note.cached_tokens),
+        written_tokens: note.and_then(|note| note.written_tokens),
+    }
 }
 
-/// Returns the text with this number of cached tokens, and without transfer parameters.
-fn plain(text: Bytes, endpoint: Endpoint, cached: Option<u64>) -> Bytes {
+/// Returns the text with the prefill engine's counts, and without transfer parameters.
+fn plain(text: Bytes, endpoint: Endpoint, told: Details) -> Bytes {
     let mut out = Vec::new();
     let mut done = 0;
     // Search for a field again only when the loop has passed the position at which the field was last found,
     // so that an event with many of these fields does not take quadratic time.
-    let mut counts = next_counts(&text, 0, endpoint, cached);
+    let mut counts = next_counts(&text, 0, endpoint, told);
     let mut params = value(&text, PARAMS, 0);
     loop {
         let is_params = match (counts.first(), &params) {
@@ -117,7 +122,7 @@ fn plain(text: Bytes, endpoint: Endpoint, cached: Option<u64>) -> Bytes {
             done = found.end;
         }
         if had_counts && counts.first().is_none_or(|(counts, _)| counts.start < done) {
-            counts = next_counts(&text, done, endpoint, cached);
+            counts = next_counts(&text, done, endpoint, told);
         }
         if params.as_ref().is_some_and(|params| params.start < done) {
             params = value(&text, PARAMS, done);
@@ -133,18 +138,18 @@ fn plain(text: Bytes, endpoint: Endpoint, cached: Option<u64>) -> Bytes {
 /// Texts that replace parts of a text, in the order of their positions.
 type Edits = Vec<(Range<usize>, String)>;
 
-/// Finds the edits of an object with token counts, for a number of cached tokens.
-type Find = fn(&[u8], Option<u64>) -> Edits;
+/// Finds the edits of an object with token counts. The second argument is the prefill engine's counts.
+type Find = fn(&[u8], Details) -> Edits;
 
 /// Returns the edits of the first object with token counts after `from` that needs any; empty if no object does.
-fn next_counts(text: &[u8], mut from: usize, endpoint: Endpoint, cached: Option<u64>) -> Edits {
+fn next_counts(text: &[u8], mut from: usize, endpoint: Endpoint, told: Details) -> Edits {
     let (key, edits): (_, Find) = match endpoint {
         Endpoint::Messages => (USAGE, counts_of_messages),
         Endpoint::Responses => (INPUT_DETAILS, counts_of_responses),
         Endpoint::Completions | Endpoint::Chat | Endpoint::Passed(_) => (DETAILS, counts_of_chats),
     };
     while let Some(object) = value(text, key, from) {
-        let found = edits(&text[object.clone()], cached);
+        let found = edits(&text[object.clone()], told);
         if !found.is_empty() {
             let moved = |at: Range<usize>| object.start + at.start..object.start + at.end;
             return found
@@ -157,29 +162,31 @@ fn next_counts(text: &[u8], mut from: usize, endpoint: Endpoint, cached: Option<
     Vec::new()
 }
 
-/// Returns the edit of `prompt_tokens_details`. An unknown number is `null`, as at an engine that does not give it.
-fn counts_of_chats(details: &[u8], cached: Option<u64>) -> Edits {
-    let shown = cached.map_or_else(|| "null".to_owned(), |cached| cached.to_string());
-    value(details, CACHED, 0)
-        .map(|at| (at, shown))
-        .into_iter()
-        .collect()
+/// Returns the edits of `prompt_tokens_details`. An unknown number is `null`, as at an engine that does not give it.
+fn counts_of_chats(details: &[u8], told: Details) -> Edits {
+    let shown = |tokens: Option<u64>| tokens.map_or_else(|| "null".to_owned(), |n| n.to_string());
+    let edits = [
+        (CACHED, shown(told.cached_tokens)),
+        (CREATED, shown(told.written_tokens)),
+    ];
+    sorted(edits.map(|(key, with)| Some((value(details, key, 0)?, with))))
 }
 
-/// Returns the edits of `input_tokens_details` in a response, where the number must not be `null`.
-fn counts_of_responses(details: &[u8], cached: Option<u64>) -> Edits {
-    let shown = cached.unwrap_or_default().to_string();
+/// Returns the edits of `input_tokens_details` in a response, where no number may be `null`.
+fn counts_of_responses(details: &[u8], told: Details) -> Edits {
+    let cached = told.cached_tokens.unwrap_or_default().to_string();
+    let written = told.written_tokens.unwrap_or_default().to_string();
     let turns = value(details, CACHED_PER_TURN, 0).filter(|at| details[at.clone()] != *b"[]");
-    let turns = turns.map(|at| (at, format!("[{shown}]")));
-    let total = value(details, CACHED, 0).map(|at| (at, shown));
-    let mut edits: Edits = total.into_iter().chain(turns).collect();
-    edits.sort_by_key(|(at, _)| at.start);
-    edits
+    sorted([
+        turns.map(|at| (at, format!("[{cached}]"))),
+        value(details, CACHED, 0).map(|at| (at, cached)),
+        value(details, WRITTEN, 0).map(|at| (at, written)),
+    ])
 }
 
-/// Returns the edits of `usage` in an answer of `/v1/messages`. Its `input_tokens` does not contain the cached
-/// tokens, so the sum of both stays the same.
-fn counts_of_messages(usage: &[u8], cached: Option<u64>) -> Edits {
+/// Returns the edits of `usage` in an answer of `/v1/messages`. Its `input_tokens` contains neither the cached tokens
+/// nor the tokens put into the cache, so the sum of the three stays the same.
+fn counts_of_messages(usage: &[u8], told: Details) -> Edits {
     let number = |key| {
         let at = value(usage, key, 0)?;
         let number: u64 = std::str::from_utf8(&usage[at.clone()]).ok()?.parse().ok()?;
@@ -189,12 +196,25 @@ fn counts_of_messages(usage: &[u8], cached: Option<u64>) -> Edits {
     else {
         return Vec::new();
     };
-    let all = input + read;
-    let cached = cached.unwrap_or_default().min(all);
-    let mut edits = vec![
-        (read_at, cached.to_string()),
-        (input_at, (all - cached).to_string()),
-    ];
+    let creation = number(CACHE_CREATION);
+    let all = input + read + creation.as_ref().map_or(0, |(_, tokens)| *tokens);
+    let read = told.cached_tokens.unwrap_or_default().min(all);
+    let mut rest = all - read;
+    let created = creation.map(|(at, _)| {
+        let written = told.written_tokens.unwrap_or_default().min(rest);
+        rest -= written;
+        (at, written.to_string())
+    });
+    sorted([
+        created,
+        Some((read_at, read.to_string())),
+        Some((input_at, rest.to_string())),
+    ])
+}
+
+/// Returns the edits that there are, in the order of their positions.
+fn sorted<const N: usize>(edits: [Option<(Range<usize>, String)>; N]) -> Edits {
+    let mut edits: Edits = edits.into_iter().flatten().collect();
     edits.sort_by_key(|(at, _)| at.start);
     edits
 }
@@ -224,6 +244,9 @@ fn value(text: &[u8], key: &[u8], from: usize) -> Option<Range<usize>> {
 
 const DETAILS: &[u8] = b"\"prompt_tokens_details\"";
 const CACHED: &[u8] = b"\"cached_tokens\"";
+const CREATED: &[u8] = b"\"created_cache_tokens\"";
+const WRITTEN: &[u8] = b"\"cache_write_tokens\"";
+const CACHE_CREATION: &[u8] = b"\"cache_creation_input_tokens\"";
 const INPUT_DETAILS: &[u8] = b"\"input_tokens_details\"";
 const CACHED_PER_TURN: &[u8] = b"\"cached_tokens_per_turn\"";
 const USAGE: &[u8] = b"\"usage\"";
@@ -239,10 +262,21 @@ const MAX_LINE: usize = 4 * 1024 * 1024;
 mod tests {
     use super::*;
 
+    fn counts(cached: Option<u64>, written: Option<u64>) -> Details {
+        Details {
+            cached_tokens: cached,
+            written_tokens: written,
+        }
+    }
+
     #[test]
     fn what_is_plain() {
         let check = |given: &'static str, cached, expect: &str| {
-            let plain = plain(Bytes::from_static(given.as_bytes()), Endpoint::Chat, cached);
+            let plain = plain(
+                Bytes::from_static(given.as_bytes()),
+                Endpoint::Chat,
+                counts(cached, None),
+            );
             assert_eq!(std::str::from_utf8(&plain).unwrap(), expect);
         };
         let given = r#"{"usage":{"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":8,"a":1}},"kv_transfer_params":{"a":[1]},"x":1}"#;
@@ -266,15 +300,19 @@ mod tests {
     #[test]
     fn the_newer_endpoints_have_other_counts() {
         let check = |endpoint, given: &'static str, cached, expect: &str| {
-            let plain = plain(Bytes::from_static(given.as_bytes()), endpoint, cached);
+            let plain = plain(
+                Bytes::from_static(given.as_bytes()),
+                endpoint,
+                counts(cached, Some(4)),
+            );
             assert_eq!(std::str::from_utf8(&plain).unwrap(), expect);
         };
-        let responses = r#"{"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":8,"cached_tokens_per_turn":[8]}},"kv_transfer_params":{}}"#;
+        let responses = r#"{"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":8,"cache_write_tokens":0,"cached_tokens_per_turn":[8]}},"kv_transfer_params":{}}"#;
         check(
             Endpoint::Responses,
             responses,
             Some(3),
-            r#"{"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":3,"cached_tokens_per_turn":[3]}},"kv_transfer_params":null}"#,
+            r#"{"usage":{"input_tokens":9,"input_tokens_details":{"cached_tokens":3,"cache_write_tokens":4,"cached_tokens_per_turn":[3]}},"kv_transfer_params":null}"#,
         );
         check(
             Endpoint::Responses,
@@ -290,6 +328,12 @@ mod tests {
             Some(3),
             r#"{"usage":{"input_tokens":6,"output_tokens":2,"cache_read_input_tokens":3},"x":1}"#,
         );
+        check(
+            Endpoint::Messages,
+            r#"{"usage":{"cache_creation_input_tokens":0,"cache_read_input_tokens":8,"input_tokens":1}}"#,
+            Some(3),
+            r#"{"usage":{"cache_creation_input_tokens":4,"cache_read_input_tokens":3,"input_tokens":2}}"#,
+        );
         let without = r#"{"usage":{"input_tokens":9,"output_tokens":2}}"#;
         check(Endpoint::Messages, without, Some(3), without);
     }
@@ -301,7 +345,7 @@ mod tests {
         let given = r#""kv_transfer_params":{},"#.repeat(MAX_LINE / 96);
         let told = r#""kv_transfer_params":null,"#.repeat(MAX_LINE / 96);
         let begun = std::time::Instant::now();
-        let plain = plain(Bytes::from(given), Endpoint::Chat, None);
+        let plain = plain(Bytes::from(given), Endpoint::Chat, counts(None, None));
         assert!(plain == told, "other text");
         let took = begun.elapsed();
         assert!(took < std::time::Duration::from_secs(5), "{took:?}");

@@ -238,15 +238,16 @@ impl PrefillNote {
             PrefillEnd::Refused(answer) => (Some(format!("answered {}", answer.head.status)), None),
             PrefillEnd::Failed(_, error) => (Some(error.clone()), None),
         };
-        let cached_tokens = match end {
-            PrefillEnd::Answered(prefilled) => prefilled.cached_tokens,
-            PrefillEnd::Refused(_) | PrefillEnd::Failed(..) => None,
+        let (cached_tokens, written_tokens) = match end {
+            PrefillEnd::Answered(prefilled) => (prefilled.cached_tokens, prefilled.written_tokens),
+            PrefillEnd::Refused(_) | PrefillEnd::Failed(..) => (None, None),
         };
         Self {
             at: Instant::now(),
             error,
             prompt_tokens,
             cached_tokens,
+            written_tokens,
         }
     }
 }

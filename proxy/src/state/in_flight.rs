@@ -44,6 +44,9 @@ pub(crate) struct PrefillNote {
     /// Number of the prompt's tokens that the prefill engine had cached; `None` if the engine did not report
     /// it.
     pub cached_tokens: Option<u64>,
+    /// Number of the prompt's tokens that the prefill engine has put into its cache; `None` if the engine did
+    /// not report it.
+    pub written_tokens: Option<u64>,
 }
 
 /// A request's entry in [`InFlight`]. Dropping the guard removes the entry.
