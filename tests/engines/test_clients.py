@@ -1,4 +1,4 @@
-"""Tests the proxy with two clients that people use: the `openai` package and vLLM's own benchmark."""
+"""Tests the proxy with clients that people use: the packages `openai` and `anthropic`, and vLLM's own benchmark."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from harness.pair import Pair
@@ -45,6 +46,41 @@ def test_openai_completions(client: openai.OpenAI, pair: Pair, reference: Refere
         assert "".join(event.choices[0].text for event in events) == expect
     moved = [record["moved"]["bytes"] for record in records]
     assert all(count > 0 for count in moved), moved
+
+
+def test_openai_responses(client: openai.OpenAI, pair: Pair) -> None:
+    question: dict[str, Any] = {"model": MODEL_NAME, "input": "read a file, " * 30, "max_output_tokens": 12}
+    with pair.proxy.recorded(2, moved=True):
+        whole = client.responses.create(**question, temperature=0)
+        pair.reset_prefix_caches()
+        with client.responses.stream(**question, temperature=0) as events:
+            text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+            last = events.get_final_response()
+    assert text == whole.output_text == last.output_text
+    assert text
+    # The decode instance holds both responses.
+    assert client.responses.retrieve(whole.id).output_text == text
+    assert client.responses.retrieve(last.id).id == last.id
+    more = client.responses.create(model=MODEL_NAME, input="and?", previous_response_id=last.id, max_output_tokens=4)
+    assert more.previous_response_id == last.id
+
+
+def test_anthropic_messages(pair: Pair) -> None:
+    client = anthropic.Anthropic(base_url=pair.proxy.url, api_key="none", timeout=60.0, max_retries=0)
+    messages: list[Any] = [{"role": "user", "content": "write a file, " * 30}]
+    question: dict[str, Any] = {"model": MODEL_NAME, "messages": messages, "max_tokens": 12}
+    question["extra_body"] = {"temperature": 0}
+    with pair.proxy.recorded(2, moved=True):
+        whole = client.messages.create(**question)
+        pair.reset_prefix_caches()
+        with client.messages.stream(**question) as events:
+            text = "".join(events.text_stream)
+            last = events.get_final_message()
+    assert [block.text for block in whole.content if block.type == "text"] == [text]
+    assert text
+    assert last.usage.input_tokens == whole.usage.input_tokens
+    counted = client.messages.count_tokens(model=MODEL_NAME, messages=messages)
+    assert counted.input_tokens == whole.usage.input_tokens
 
 
 def test_openai_chat(client: openai.OpenAI, pair: Pair) -> None:
