@@ -25,17 +25,19 @@ TEXT = "Say something about prefill and decode. "
 CHAT = [{"role": "user", "content": TEXT * 20}]
 GREEDY: dict[str, Any] = {"model": "m", "temperature": 0}
 
-# Bodies of the endpoints that are split, and the path from which a plain engine gives the number of prompt tokens.
+# Bodies of the endpoints that are split.
 SPLIT: dict[str, tuple[str, dict[str, Any]]] = {
-    "messages": ("/v1/messages", {"messages": CHAT, "system": "Be brief.", "max_tokens": 16}),
-    "messages in blocks": (
+    "messages": (
         "/v1/messages",
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": TEXT * 22}]}], "max_tokens": 16},
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": TEXT * 20}]}],
+            "system": "Be brief.",
+            "max_tokens": 16,
+        },
     ),
     "responses": ("/v1/responses", {"input": TEXT * 21, "instructions": "Be brief.", "max_output_tokens": 16}),
     "responses to messages": ("/v1/responses", {"input": CHAT, "max_output_tokens": 16, "store": False}),
-    "invocations of chats": ("/invocations", {"messages": CHAT, "max_tokens": 16}),
-    "invocations of completions": ("/invocations", {"prompt": TEXT * 23, "max_tokens": 16}),
+    "invocations": ("/invocations", {"messages": CHAT, "max_tokens": 16}),
 }
 
 CONVERSATIONS = [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
