@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,17 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
 from pd_sidecar.kv.keys import ChunkHasher
 from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer, geometry
 from pd_sidecar.kv.quantization import Quantization
-from pd_sidecar.options import config, lmcache
+from pd_sidecar.options import config, lmcache, own_sidecar
 from pd_sidecar.scheduler.kept import KeepPolicy
 from pd_sidecar.scheduler.metadata import DisabledNotice, FetchNotice, IdleReport, StepMetadata
 from pd_sidecar.scheduler.scheduler import Role, Scheduler
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
     import torch
     from vllm.config import VllmConfig
+    from vllm.config.kv_transfer import KVTransferConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -69,13 +73,17 @@ class PdSidecarConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         self._producer: bool = transfer.is_kv_producer
         self._consumer: bool = transfer.is_kv_consumer
+        self._both = self._producer and self._consumer
         self._options = config.parse(
             transfer.kv_connector_extra_config,
             producer=self._producer,
             consumer=self._consumer,
-            load_failure_policy=transfer.kv_load_failure_policy,
+            load_failure_policy=_policy(transfer, role),
             model=vllm_config.model_config.model,
+            engine_id=transfer.engine_id or "",
         )
+        if role == KVConnectorRole.SCHEDULER and self._consumer and not self._options.allow_load_failure_policy_fail:
+            _set_recompute(transfer)
         _refuse_parallelism(vllm_config)
         self._partition = _partition(vllm_config, self._options.ranks, consumer=self._consumer)
         self._config = vllm_config
@@ -301,7 +309,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
 
     def _spawn(self) -> Child:
         options = self._options
-        if self._producer and self._consumer:
+        if self._both:
             role, socket = "both", options.sender_socket
         elif self._producer:
             role, socket = "sender", options.sender_socket
@@ -312,9 +320,12 @@ class PdSidecarConnector(KVConnectorBase_V1):
         command = [find_binary(), "--role", role, "--socket", socket, *more]
         # The sidecar compares the number of ranks with its configured ports, and reports a difference together with a
         # cure.
-        ours = {"PD_SIDECAR_RANKS": str(self._partition.ranks), "PD_SIDECAR_SPAWNED": "1"}
-        variables = {**lmcache.variables(extra), **ours}
-        return Child(command, logger, variables)
+        ranks = self._partition.ranks
+        ours = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(ranks), "PD_SIDECAR_SPAWNED": "1"}
+        if not self._both or not own_sidecar.is_wanted(extra):
+            return Child(command, logger, lambda: ours)
+        device = current_platform.device_type
+        return Child(command, logger, lambda: {**own_sidecar.variables(ranks, device), **ours})
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | DisabledWorker:
         work: dict[str, Any] = {
@@ -390,6 +401,45 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return found
 
 
+def _policy(transfer: KVTransferConfig, role: KVConnectorRole) -> str:
+    """Returns the load-failure policy that will apply. The scheduler's half sets `recompute` if it can.
+
+    vLLM reads only the outermost configuration. A child of a MultiConnector has a configuration of its own, so it
+    cannot change the policy.
+    """
+    if role != KVConnectorRole.SCHEDULER:
+        return "recompute"
+    parent = _parent()
+    if parent is None:
+        return "recompute"
+    outer = parent._vllm_config.kv_transfer_config
+    policies = {transfer.kv_load_failure_policy, outer.kv_load_failure_policy if outer is not None else "fail"}
+    return "recompute" if policies == {"recompute"} else "fail"
+
+
+def _parent() -> MultiConnector | None:
+    """Returns the MultiConnector that makes this connector; otherwise `None`.
+
+    vLLM tells a child nothing about its parent, so this function looks for the parent among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(caller := frame.f_locals.get("self"), MultiConnector):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _set_recompute(transfer: KVTransferConfig) -> None:
+    """Sets the policy before vLLM's scheduler reads it, which it does after it has made its connector."""
+    if transfer.kv_load_failure_policy != "recompute":
+        logger.info(
+            "kv_load_failure_policy is %r, which answers HTTP 500 when KV does not arrive; set to 'recompute'",
+            transfer.kv_load_failure_policy,
+        )
+        transfer.kv_load_failure_policy = "recompute"
+
+
 def _partition(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> TpPartition:
     """Returns the partition of this engine's KV into ranks. Raises `ConfigError`."""
     workers = vllm_config.parallel_config.tensor_parallel_size
@@ -422,5 +472,5 @@ with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("PdSidecarConnector", __name__, "PdSidecarConnector")
 
 
-SPAWN_S = 2.0
+SPAWN_S = 10.0
 """The longest time for which a starting engine waits for the sidecar that it has started."""

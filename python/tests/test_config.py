@@ -11,13 +11,14 @@ import pytest
 from pd_sidecar.options.config import ConfigError, Options, parse
 
 
-def read(extra=None, *, producer=False, consumer=True, policy="recompute", model="org/model"):
+def read(extra=None, *, producer=False, consumer=True, policy="recompute", model="org/model", **more):
     return parse(
         extra or {},
         producer=producer,
         consumer=consumer,
         load_failure_policy=policy,
         model=model,
+        **more,
     )
 
 
@@ -33,10 +34,48 @@ def test_defaults(monkeypatch):
 def test_an_engine_of_both_roles_has_one_sidecar_of_both(monkeypatch):
     monkeypatch.delenv("PD_SIDECAR_SOCKET", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7/")
-    options = read(producer=True)
-    assert options.sender_socket == options.receiver_socket == "/run/user/7/pd-sidecar/both.sock"
+    options = read(producer=True, engine_id="one")
+    assert options.sender_socket == options.receiver_socket
+    assert re.fullmatch(r"/run/user/7/pd-sidecar/both-[0-9a-f]{12}\.sock", options.sender_socket)
     options = read({"sender_socket": "/s"}, producer=True)
     assert options.sender_socket == "/s"
+
+
+def test_engines_that_start_their_sidecars_have_different_sockets(monkeypatch):
+    monkeypatch.delenv("PD_SIDECAR_SOCKET", raising=False)
+    first, second = (read({"sidecar": "spawn"}, engine_id=engine) for engine in ("one", "two"))
+    assert first.receiver_socket != second.receiver_socket
+    assert read({"sidecar": "spawn"}, engine_id="one") == first
+    monkeypatch.setenv("PD_SIDECAR_SOCKET", "/s")
+    assert read({"sidecar": "spawn"}, engine_id="one").receiver_socket == "/s"
+
+
+@pytest.mark.parametrize(
+    ("extra", "environ", "spawns"),
+    [
+        ({}, {}, True),
+        ({"keep_ms": 5, "lmcache.pd_buffer_size": "1GiB"}, {}, True),
+        ({"sender_socket": "/s"}, {}, False),
+        ({}, {"PD_SIDECAR_SOCKET": "/s"}, False),
+        ({}, {"LMCACHE_CONFIG_FILE": ""}, True),
+    ],
+)
+def test_an_engine_of_both_roles_starts_its_sidecar_unless_one_is_named(extra, environ, spawns):
+    assert read(extra, producer=True, environ=environ).sidecar == ("spawn" if spawns else "")
+    assert read({"sender_socket": "/s"}, consumer=False, environ=environ).sidecar == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "insecure", "starts"),
+    [("localhost", "", True), ("::1", "", True), ("10.0.0.2", "", False), ("10.0.0.2", "on", True)],
+)
+def test_other_machines_reach_the_sidecar_only_with_consent(host, insecure, starts):
+    environ = {"VLLM_NIXL_SIDE_CHANNEL_HOST": host, "PD_SIDECAR_INSECURE": insecure}
+    if starts:
+        read(producer=True, environ=environ)
+    else:
+        with pytest.raises(ConfigError, match="PD_SIDECAR_INSECURE=on"):
+            read(producer=True, environ=environ)
 
 
 def test_given_values_win():

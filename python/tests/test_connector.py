@@ -24,6 +24,12 @@ BLOCKS, BLOCK, HEADS, SIZE = 8, 16, 2, 32
 NAMES = ["layers.0.attn", "layers.1.attn"]
 
 
+@pytest.fixture(autouse=True)
+def named_sidecar(tmp_path, monkeypatch):
+    """Names a sidecar, which does not run. Otherwise an engine with both roles would start one."""
+    monkeypatch.setenv("PD_SIDECAR_SOCKET", str(tmp_path / "none.sock"))
+
+
 def config(extra=None, *, role="kv_both", policy="recompute", layers=None, **parallel):
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
@@ -284,16 +290,70 @@ def test_the_engines_kernel_is_asked(monkeypatch):
 def test_a_spawned_sidecar_is_told_the_ranks(monkeypatch):
     told = []
     monkeypatch.setattr(module, "find_binary", lambda: "sidecar")
-    monkeypatch.setattr(module, "Child", lambda command, logger, variables: told.append(variables))
+    monkeypatch.setattr(module, "Child", lambda command, logger, variables: told.append(variables()))
     given = config({"sidecar": "spawn", "lmcache.pd_role": "sender"}, tensor_parallel_size=2)
     PdSidecarConnector(given, KVConnectorRole.SCHEDULER, cache())
     assert told == [{"LMCACHE_PD_ROLE": "sender", "PD_SIDECAR_RANKS": "2", "PD_SIDECAR_SPAWNED": "1"}]
 
 
+def test_an_engine_of_both_roles_starts_its_sidecar_without_further_options(monkeypatch):
+    monkeypatch.delenv("PD_SIDECAR_SOCKET")
+    monkeypatch.setenv("LMCACHE_PD_BUFFER_SIZE", "1MiB")
+    told = []
+    monkeypatch.setattr(module, "find_binary", lambda: "sidecar")
+    monkeypatch.setattr(module, "Child", lambda command, logger, variables: told.append((command, variables())))
+    for engine in ("one", "two"):
+        given = config(tensor_parallel_size=2)
+        given.kv_transfer_config.engine_id = engine
+        halves = [PdSidecarConnector(given, role, cache()) for role in KVConnectorRole]
+        # The worker's half connects to the sidecar that the scheduler's half has started.
+        assert {half._options.sender_socket for half in halves} == {told[-1][0][4]}
+        assert {half._options.receiver_socket for half in halves} == {told[-1][0][4]}
+    (first, variables), (second, _) = told
+    assert first[:3] == ["sidecar", "--role", "both"]
+    assert first[4] != second[4]
+    ports = [int(p) for side in ("INIT", "ALLOC") for p in variables[f"LMCACHE_PD_PEER_{side}_PORT"].split(",")]
+    assert len(set(ports)) == 4 and 0 not in ports
+    assert (variables["LMCACHE_PD_PEER_HOST"], variables["PD_SIDECAR_RANKS"]) == ("127.0.0.1", "2")
+    # The user's variable reaches the sidecar by the environment.
+    assert "LMCACHE_PD_BUFFER_SIZE" not in variables
+
+
+@pytest.mark.parametrize(("role", "after"), [("kv_both", "recompute"), ("kv_producer", "fail")])
+def test_an_engine_that_loads_recomputes_after_a_failed_load(role, after, caplog):
+    given = config(role=role, policy="fail")
+    PdSidecarConnector(given, KVConnectorRole.WORKER, cache())
+    assert given.kv_transfer_config.kv_load_failure_policy == "fail"
+    PdSidecarConnector(given, KVConnectorRole.SCHEDULER, cache())
+    assert given.kv_transfer_config.kv_load_failure_policy == after
+
+
+def test_the_user_may_keep_the_policy_fail():
+    given = config({"allow_load_failure_policy_fail": True}, policy="fail")
+    PdSidecarConnector(given, KVConnectorRole.SCHEDULER, cache())
+    assert given.kv_transfer_config.kv_load_failure_policy == "fail"
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "starts"),
+    [("recompute", "recompute", True), ("fail", "recompute", False), ("recompute", "fail", False)],
+)
+def test_a_child_of_multi_connector_needs_the_policy_in_both_places(outer, inner, starts):
+    class Parent(module.MultiConnector):
+        def __init__(self):
+            self._vllm_config = config(policy=outer)
+            PdSidecarConnector(config(policy=inner), KVConnectorRole.SCHEDULER, cache())
+
+    if starts:
+        Parent()
+    else:
+        with pytest.raises(ConfigError, match="MultiConnector"):
+            Parent()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"policy": "fail"},
         {"extra": {"hash": "x"}},
         {"pipeline_parallel_size": 2},
         {"decode_context_parallel_size": 2},

@@ -5,24 +5,29 @@ The prefill engine keeps the KV, and the decode side's sidecar fetches it.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness.client import Answer, call, complete, post_json
-from harness.model import KV_BYTES_PER_TOKEN
-from harness.pair import Pair, check_tokens
+from harness.client import Answer, call, complete, get_json, post_json
+from harness.engine import Engine, EngineOptions, wait_for
+from harness.model import KV_BYTES_PER_TOKEN, write_model
+from harness.pair import BUFFER_BYTES, Pair, check_tokens
 from harness.ports import free_port
-from harness.process import Process
+from harness.process import Process, ended_by_signals
 from harness.prompts import prompt
 from harness.reference import Reference
-from harness.sidecar import ROOT
+from harness.sidecar import BINARIES, ROOT
 
 ROUTERS = ROOT / "target" / "routers-venv"
 BOUND_S = 30.0
+TOKENS = 24
 
 # CPU use of an engine with its sidecar while KV is kept, and the time in which it is measured.
 IDLE_CORES = 0.06
@@ -82,17 +87,24 @@ def routers() -> Path:
 
 @pytest.fixture
 def vllm_router(routers: Path, fetching: Pair, logs: Path) -> Iterator[Router]:
+    with running_vllm_router(routers, fetching.prefill, fetching.decode, logs) as url:
+        yield Router(url, fetching)
+
+
+@contextlib.contextmanager
+def running_vllm_router(routers: Path, prefill: Engine, decode: Engine, logs: Path) -> Iterator[str]:
+    """Runs vllm-router in front of two engines inside the block. Yields its URL when it serves."""
     port = free_port()
     command: list[str | Path] = [
         routers / "vllm-router", "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
-        "--kv-connector", "nixl", "--prefill", fetching.prefill.url, "--decode", fetching.decode.url,
+        "--kv-connector", "nixl", "--prefill", prefill.url, "--decode", decode.url,
         "--policy", "round_robin", "--prometheus-port", str(free_port()),
     ]  # fmt: skip
     process = Process("vllm-router", command, logs / "vllm-router.log")
     url = f"http://127.0.0.1:{port}"
     try:
         until(lambda: answers(f"{url}/v1/models"), process)
-        yield Router(url, fetching)
+        yield url
     finally:
         process.stop()
 
@@ -104,7 +116,7 @@ def test_vllm_router(vllm_router: Router, reference: Reference, tokens: int) -> 
 
 def test_an_engine_that_keeps_kv_idles(fetching: Pair) -> None:
     pair, tokens = fetching, prompt(300, seed=192)
-    told = prefill_leg(pair, tokens)
+    told = prefill_leg(pair.prefill, tokens)
     # vLLM's worker looks for its next step without a pause for some seconds, whatever is kept.
     deadline = time.monotonic() + BOUND_S
     while (cores := cores_used(pair)) > IDLE_CORES:
@@ -118,6 +130,98 @@ def test_an_engine_that_keeps_kv_idles(fetching: Pair) -> None:
     assert pair.prefill.metrics().sum("vllm:iteration_tokens_total_count") == steps
 
 
+@dataclass(frozen=True)
+class Flagged:
+    """Two engines that got nothing but the connector's name and role. Each engine has started its own sidecar."""
+
+    prefill: Engine
+    decode: Engine
+
+    def move(self, send: Callable[[list[int]], list[int]], tokens: list[int]) -> None:
+        """Sends a prompt with `send`, and checks its text and that its KV was moved and used."""
+        expect = complete(self.prefill.url, tokens, max_tokens=TOKENS).token_ids
+        for engine in (self.prefill, self.decode):
+            engine.reset_prefix_cache()
+        before, prefilled = self.decode.prompt_tokens(), self.prefill.prompt_tokens()
+        seen = len(received(self.decode))
+        assert send(tokens) == expect
+        wait(lambda: sum_of(self.decode) - sum(vars(before).values()) >= len(tokens))
+        check_tokens(self.decode.prompt_tokens() - before, len(tokens))
+        assert (self.prefill.prompt_tokens() - prefilled).computed == len(tokens)
+        wait(lambda: len(received(self.decode)) > seen)
+        record = received(self.decode)[-1]
+        assert (record["reason"], record["bytes"]) == (None, len(tokens) * KV_BYTES_PER_TOKEN), record
+
+
+def sum_of(engine: Engine) -> int:
+    return int(sum(vars(engine.prompt_tokens()).values()))
+
+
+def received(engine: Engine) -> list[dict[str, Any]]:
+    """Returns the records of the receiving side of the sidecar that an engine has started."""
+    rows: list[dict[str, Any]] = get_json(f"{admin_of(engine)}/requests")
+    return [row for row in rows if row["side"] == "receiver"]
+
+
+def admin_of(engine: Engine) -> str:
+    """Returns the URL of the sidecar's admin server, which stands in the engine's log."""
+    assert engine.process is not None
+    (address,) = re.findall(r"admin server bound address=(\S+)", engine.process.output())
+    return f"http://{address}"
+
+
+@pytest.fixture(scope="module")
+def flagged(logs: Path) -> Iterator[Flagged]:
+    transfer = {
+        "kv_connector": "PdSidecarConnector", "kv_connector_module_path": "pd_sidecar.connector", "kv_role": "kv_both",
+    }  # fmt: skip
+    env = {
+        "PYTHONPATH": str(ROOT / "python"), "PD_SIDECAR_BINARY": str(BINARIES / "sidecar"),
+        # A small machine has no room for buffers of the standard size.
+        "LMCACHE_PD_BUFFER_SIZE": str(BUFFER_BYTES),
+    }  # fmt: skip
+    more = ("--kv-cache-memory-bytes", str(256 << 20))
+    model = write_model(ROOT / "target" / "model")
+    engines = [
+        Engine(
+            EngineOptions(
+                f"flag {name} engine", model, kv_transfer=transfer, core=core, forked=True, env=env, more=more
+            ),
+            logs,
+        )
+        for core, name in enumerate(("prefill", "decode"))
+    ]
+    with ended_by_signals(), contextlib.ExitStack() as stack:
+        for engine in engines:
+            stack.callback(engine.stop)
+            engine.start()
+        wait_for(engines)
+        yield Flagged(*engines)
+
+
+@pytest.mark.own_engines
+def test_one_flag_behind_vllm_router(flagged: Flagged, routers: Path, logs: Path) -> None:
+    with running_vllm_router(routers, flagged.prefill, flagged.decode, logs) as url:
+        for tokens in (20, 900):
+            flagged.move(
+                lambda ids: complete(url, ids, max_tokens=TOKENS, model="m").token_ids, prompt(tokens, seed=193)
+            )
+    for engine in (flagged.prefill, flagged.decode):
+        assert engine.process is not None
+        assert "kv_load_failure_policy is 'fail'" in engine.process.output()
+
+
+@pytest.mark.own_engines
+def test_one_flag_behind_the_example_proxy(flagged: Flagged) -> None:
+    """Sends the requests of the example proxy of vLLM for NixlConnector; the program itself is no part of the wheel."""
+
+    def send(tokens: list[int]) -> list[int]:
+        told = prefill_leg(flagged.prefill, tokens)
+        return complete(flagged.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told).token_ids
+
+    flagged.move(send, prompt(300, seed=194))
+
+
 def cores_used(pair: Pair) -> float:
     """Returns the number of cores that the prefill engine and its sidecar use in the next seconds."""
     processes = [part.process for part in (pair.prefill, pair.sender) if part.process is not None]
@@ -128,18 +232,19 @@ def cores_used(pair: Pair) -> float:
 
 def legs(pair: Pair, tokens: list[int]) -> dict[str, object]:
     """Sends both legs as a router that names no receiver, and returns the parameters in the prefill leg's answer."""
-    told = prefill_leg(pair, tokens)
+    told = prefill_leg(pair.prefill, tokens)
     decode_leg(pair, tokens, told)
     return told
 
 
-def prefill_leg(pair: Pair, tokens: list[int]) -> dict[str, object]:
+def prefill_leg(engine: Engine, tokens: list[int]) -> dict[str, object]:
+    """Sends the prefill leg as vLLM's example proxy for NixlConnector. Returns the parameters in the answer."""
     params = {
         "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
         "remote_host": None, "remote_port": None,
     }  # fmt: skip
     body = {"model": "m", "prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}
-    told: dict[str, object] = post_json(f"{pair.prefill.url}/v1/completions", body)["kv_transfer_params"]
+    told: dict[str, object] = post_json(f"{engine.url}/v1/completions", body)["kv_transfer_params"]
     return told
 
 
@@ -153,6 +258,13 @@ def answers(url: str) -> bool:
         return call(url, timeout_s=2.0)[0] == 200
     except OSError:
         return False
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not true after {BOUND_S:g} s"
+        time.sleep(0.02)
 
 
 def until(condition: Callable[[], bool], process: Process) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pd_sidecar.client import default_socket
 from pd_sidecar.kv.keys import refusal
-from pd_sidecar.options import lmcache
+from pd_sidecar.options import lmcache, own_sidecar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +60,9 @@ class Options:
     idle_wait_ms: float = 2.0
     """Milliseconds that an engine with nothing else to do waits for a message of the sidecar."""
     sidecar: str = ""
-    """`spawn`: the engine starts its sidecar as a child."""
+    """`spawn`: the engine starts its sidecar as a child. Default: `spawn` if the engine has both roles, and neither the
+    options nor the environment name a sidecar.
+    """
     sidecar_arguments: str = ""
     """Further arguments of a spawned sidecar, as in a shell."""
     allow_load_failure_policy_fail: bool = False
@@ -74,10 +76,16 @@ def parse(
     consumer: bool,
     load_failure_policy: str,
     model: str,
+    engine_id: str = "",
     environ: Mapping[str, str] = os.environ,
 ) -> Options:
     """Returns the options with their defaults filled in. Raises `ConfigError` with all problems at once."""
     problems: list[str] = []
+    both = producer and consumer
+    if both and own_sidecar.is_wanted(extra, environ):
+        extra = {**extra, "sidecar": "spawn"}
+        if (problem := own_sidecar.problem(environ)) is not None:
+            problems.append(problem)
     known = {field.name: field for field in fields(Options)}
     values: dict[str, Any] = {}
     for key, value in extra.items():
@@ -130,7 +138,7 @@ def parse(
         problems.append(f"sidecar={options.sidecar!r} must be 'spawn', or absent")
     if options.sidecar_arguments and not options.sidecar:
         problems.append("sidecar_arguments without sidecar='spawn' have no effect")
-    if options.sidecar and options.sender_socket != options.receiver_socket and (producer and consumer):
+    if options.sidecar and options.sender_socket != options.receiver_socket and both:
         problems.append("sidecar='spawn' starts one sidecar: set both sockets to the same path, or leave both out")
     # A program that reads keys splits each key at `@`, so a name with `@` would shift the parts of the key.
     name = options.model_name or model
@@ -140,20 +148,18 @@ def parse(
     if consumer and load_failure_policy != "recompute" and not allowed:
         problems.append(
             f"kv_load_failure_policy={load_failure_policy!r} makes vLLM answer HTTP 500 when KV "
-            "does not arrive: set it to 'recompute', or allow_load_failure_policy_fail to true"
+            "does not arrive: set it to 'recompute', for MultiConnector and for this child of MultiConnector, "
+            "or allow_load_failure_policy_fail to true"
         )
     if problems:
         raise ConfigError(problems)
     # An engine with both roles has either one sidecar with `--role both`, or two sidecars with two named sockets.
-    both = producer and consumer
-    return Options(
-        **{
-            **values,
-            "model_name": name,
-            "sender_socket": options.sender_socket or default_socket("both" if both else "sender"),
-            "receiver_socket": options.receiver_socket or default_socket("both" if both else "receiver"),
-        }
-    )
+    sockets = {}
+    for side in ("sender", "receiver"):
+        role = "both" if both else side
+        default = own_sidecar.socket_of(role, engine_id) if options.sidecar else default_socket(role)
+        sockets[f"{side}_socket"] = getattr(options, f"{side}_socket") or default
+    return Options(**{**values, "model_name": name, **sockets})
 
 
 PUSHES = ("auto", "layers", "step")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 BINARY_VARIABLE = "PD_SIDECAR_BINARY"
 
@@ -59,15 +59,17 @@ class Child:
         self,
         command: Sequence[str],
         logger: logging.Logger,
-        variables: Mapping[str, str] | None = None,
+        variables: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
-        """Starts the sidecar, with `variables` added to this process's environment.
+        """Starts the sidecar, with the variables that `variables` returns added to this process's environment. Each
+        start asks again, because another process may have taken a free port since the last start.
 
         Raises `OSError` if the sidecar cannot be started at all.
         """
         self._command = list(command)
         # The sidecar looks for NIXL in this Python's folder, because the environment may not be activated.
-        self._environ = {"VIRTUAL_ENV": sys.prefix, **os.environ, **(variables or {})}
+        self._environ = {"VIRTUAL_ENV": sys.prefix, **os.environ}
+        self._variables = variables or dict
         self._logger = logger
         self._stopping = threading.Event()
         self._process = self._start()
@@ -95,7 +97,7 @@ class Child:
         # Keep the sidecar in the engine's session, so that a signal to the engine's group also ends the sidecar.
         process = subprocess.Popen(
             self._command,
-            env=self._environ,
+            env={**self._environ, **self._variables()},
             preexec_fn=lambda: _end_with(parent),  # noqa: PLW1509
         )
         self._logger.info("sidecar started as process %d: %s", process.pid, self._command)
