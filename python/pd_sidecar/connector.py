@@ -160,6 +160,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
             self._of_scheduler.unmoved = True
         if isinstance(idle_report, IdleReport):
             self._of_scheduler.keeping.learn(idle_report.fetch_ports, is_alone=idle_report.is_alone)
+            self._of_scheduler.correct_answers()
         if (worker := self._neighbour()) is not None:
             # Do not wait if this output or a later step has tokens, because a client waits for these tokens.
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests

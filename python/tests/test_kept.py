@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 
 import pytest
 import test_connector
@@ -14,6 +15,7 @@ import torch
 from fake_sidecar import FakeSidecar
 from test_scheduler import BLOCK, Rig, output, request
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.outputs import KVConnectorOutput
 
 from pd_sidecar import connector
 from pd_sidecar.scheduler.eligibility import Skip, transfer
@@ -288,6 +290,55 @@ def test_one_process_keeps_and_the_other_fetches_from_the_first_request_on(tmp_p
     test_connector.step(scheduler, worker, output())
     assert sidecar.next(wire.Abort).req == "d-1"
     worker.shutdown()
+
+
+def test_after_a_restart_of_the_sidecar_the_first_answer_names_the_new_port(tmp_path, monkeypatch):
+    """vLLM ends a request of one step before it gives the scheduler's half the workers' report of this step, and sends
+    the answer afterwards.
+    """
+    path = tmp_path / "both.sock"
+    sidecar = FakeSidecar(path, fetch=wire.Keeper("10.0.0.1", 7600), epoch=1)
+    vllm_config = test_connector.config({"sender_socket": str(path)}, role="kv_producer")
+    cache, role = test_connector.cache(), test_connector.KVConnectorRole
+    scheduler = connector.PdSidecarConnector(vllm_config, role.SCHEDULER, cache)
+    worker = test_connector.worker_of(vllm_config, test_connector.tensors(), monkeypatch)
+    monkeypatch.setattr(connector, "has_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(connector, "get_kv_transfer_group", lambda: worker)
+    # The worker runs in another process.
+    monkeypatch.setattr(scheduler, "_neighbour", lambda: None)
+    client = worker._worker._links[0].client
+    assert client._reconnector.connected.wait(5)
+    scheduler.set_xfer_handshake_metadata({0: worker.get_handshake_metadata()})
+    sidecar.stop()
+    other = FakeSidecar(path, fetch=wire.Keeper("10.0.0.1", 7601), epoch=2)
+
+    def compute(step):
+        worker.bind_connector_metadata(scheduler.build_connector_meta(step))
+        sent = worker.get_transfer_results(set()).finished_sending
+        meta = worker.build_connector_worker_meta()
+        return KVConnectorOutput(finished_sending=sent, kv_connector_worker_meta=meta)
+
+    def answer(name):
+        req = request(name, P_LEG, output_token_ids=[7])
+        scheduler.on_new_request(req)
+        assert scheduler.get_num_new_matched_tokens(req, 0) == (0, False)
+        output_of_step = compute(output(new=[(req, [5, 2, 7], 0, 40)]))
+        req.status = test_connector.RequestStatus.FINISHED_LENGTH_CAPPED
+        told = scheduler.request_finished(req, [5, 2, 7])[1]
+        scheduler.update_connector_output(output_of_step)
+        return told
+
+    # While the sidecar is away, the answer says that nothing is kept.
+    count, deadline = 0, time.monotonic() + 20
+    while not (told := answer(f"p-{count}"))["do_remote_prefill"]:
+        assert time.monotonic() < deadline, told["pd"]
+        assert told["pd"]["reason"] in ("no_fetch_port", "keep_full")
+        # The worker reports that it holds no blocks for the earlier sidecar.
+        scheduler.update_connector_output(compute(output()))
+        count += 1
+    assert (told["pd"]["fetch_ports"], told["pd"]["epochs"], told["remote_port"]) == ([7601], [f"{2:016x}"], 7601)
+    worker.shutdown()
+    other.stop()
 
 
 # The workers, with a real socket.

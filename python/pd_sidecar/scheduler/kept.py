@@ -70,6 +70,10 @@ class Keeping:
     vLLM delays the freeing of a request's blocks, it steps without a pause. vLLM delays the freeing nevertheless if
     there is no pool, or under MultiConnector, where another child may report the same request to vLLM.
     """
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """The answers since the last step that name kept KV. vLLM has not sent them yet when it passes on the workers'
+    report of the same step.
+    """
     _blocks: dict[str, int] = field(default_factory=dict)
 
     def learn(self, ports: Mapping[int, FetchPort | None], *, is_alone: bool = False) -> None:
@@ -111,7 +115,7 @@ class Keeping:
     def answer(self, token: str, tokens: int) -> dict[str, Any]:
         """Returns the `kv_transfer_params` of a prefill leg's answer whose KV is kept under this token."""
         ports = [self.ports[rank] for rank in sorted(self.ports)]
-        return {
+        answer = {
             **self._fields(),
             "do_remote_prefill": True,
             # Some routers understand an empty list as "nothing was prefilled". Our connector does not read the ids.
@@ -129,6 +133,21 @@ class Keeping:
                 "keep_ms": self.keep_ms,
             },
         }
+        self.answers.append(answer)
+        return answer
+
+    def correct_answers(self, ranks: int, reason: str) -> None:
+        """Corrects the answers since the last step. If a sidecar restarted before this step, vLLM ended these requests
+        before it passed on the workers' report, so the answers name the port of the earlier sidecar. If there is no
+        port now, the answers say that nothing is kept, with this reason.
+        """
+        answers, self.answers = self.answers, []
+        for answer in answers:
+            if self.is_possible(ranks):
+                answer.update(self.answer(answer["remote_request_id"], answer["remote_num_tokens"]))
+            else:
+                answer.update(self.refusal(reason))
+        self.answers = []
 
     def refusal(self, reason: str) -> dict[str, Any]:
         """Returns the `kv_transfer_params` of a prefill leg's answer whose KV is not kept. The decode side computes."""

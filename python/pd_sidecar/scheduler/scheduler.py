@@ -245,6 +245,7 @@ class Scheduler:
                 if isinstance(state, Push) and _lost_its_blocks(state):
                     state.preempted, state.upto = True, 0
                     self._next.preempted.append(engine_id)
+        self.keeping.answers.clear()
         metadata, self._next = self._next, StepMetadata()
         metadata.idle = output.total_num_scheduled_tokens == 0
         return metadata
@@ -290,6 +291,10 @@ class Scheduler:
             if not self.keeping.release(engine_id) and is_push:
                 self._held -= 1
         return forgotten
+
+    def correct_answers(self) -> None:
+        """Corrects the answers of this step, which vLLM has not sent yet, after a report about fetch ports."""
+        self.keeping.correct_answers(self._role.ranks, Skip.NO_FETCH_PORT.value)
 
     @property
     def has_work(self) -> bool:
