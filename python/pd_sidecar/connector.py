@@ -210,8 +210,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if not self._is_alone():
             return None
         if isinstance(self._worker, Worker):
-            # A sidecar that this engine starts needs a moment. A sidecar that the user starts runs already, or a later
-            # step reports its port.
+            # A sidecar that this engine starts needs a moment. A sidecar that the user has started usually runs
+            # already. If it does not run yet, a later step reports its port.
             ports = self._worker.first_fetch_ports(SPAWN_S if self._options.sidecar else 0.0)
             return FetchNotice(ports) if ports else None
         return DisabledNotice() if isinstance(self._worker, DisabledWorker) else None

@@ -420,7 +420,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     began = time.monotonic()
     assert rig.step(forward=False)[1].received == set()
     assert worker.idle_report == IdleReport(rests=True)
-    assert time.monotonic() - began < 4  # `finish` does not wait: a scheduler that calls `news` waits there
+    assert time.monotonic() - began < 4  # `finish` does not wait; only `news` waits, if a scheduler calls it
     _, ready = land(rig)
     rig.receiver.say(ready)
     deadline = began + 5

@@ -1,7 +1,7 @@
 """Tests tensor-parallel engines on two GPUs.
 
 Each rank's KV goes from the GPU of its prefill worker to the GPU of its decode worker. The two sides may have different
-numbers of workers; two ranks of a side with one worker share a GPU.
+numbers of workers. If a side has only one worker, its two ranks share a GPU.
 
 `PD_GPU_TESTS_ON_CPU=1` runs the tests with engines on the CPU and a tiny model.
 """

@@ -207,7 +207,7 @@ def addresses(given: dict[str, Any]) -> object:
 
 
 def changes(given: dict[str, Any]) -> object:
-    """Sends requests that change the proxy's state, as a page in a browser or another proxy would send them."""
+    """Sends requests that change the proxy's state. A page in a browser, or another proxy, could send the same."""
     instance = json.dumps({"id": "evil", "role": "decode", "url": "http://127.0.0.1:1", "connector": "nixl"})
     paths = {
         "/instances": instance, "/mode/ppd": "{}", "/conversations/clear": "{}",

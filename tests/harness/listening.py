@@ -7,8 +7,8 @@ import socket
 import struct
 from pathlib import Path
 
-# The value of the state column in /proc/net that a listening socket has. TCP has the state TCP_LISTEN. For UDP the
-# value is the state of a socket without a peer.
+# The value in the state column of /proc/net for a listening socket. For TCP this is the state TCP_LISTEN. For UDP this
+# is the state of a socket without a peer.
 _LISTENS = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}
 
 # SO_ACCEPTCON in the flags column of /proc/net/unix.

@@ -1,8 +1,8 @@
-"""Assigns TCP ports. Two parts never get the same port, even if they belong to two runs on one machine.
+"""Assigns TCP ports. Two programs never get the same port, even if they belong to two runs on one machine.
 
-A run may be several interpreters at the same time (pytest-xdist's workers), and a part binds its port a moment after it
-got the port. So a check that a port is free is not enough. Each interpreter locks blocks of ports and assigns only
-ports of its own blocks. The system removes the locks when the interpreter ends, even after a crash.
+A run can have several interpreters at the same time (pytest-xdist's workers). A program binds its port only a moment
+after the port was assigned. So a check that a port is free is not enough. Each interpreter locks blocks of ports and
+assigns only ports of its own blocks. The system removes the locks when the interpreter ends, even after a crash.
 """
 
 from __future__ import annotations

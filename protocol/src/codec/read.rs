@@ -235,7 +235,7 @@ impl std::error::Error for ReadError {}
 
 impl de::Error for ReadError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        // Serde quotes the wrong value. A hostile text of 4 KB must not fill a log line.
+        // Serde's message contains the refused value. A hostile text of 4 KB must not fill a log line.
         let mut text = message.to_string();
         if let Some((end, _)) = text.char_indices().nth(200) {
             text.truncate(end);

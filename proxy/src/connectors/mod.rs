@@ -98,8 +98,8 @@ pub(crate) struct Spec {
     /// endpoints cannot carry all that the connector needs: a request id of the proxy's choice, or a request for
     /// the first token.
     pub splits_all_endpoints: bool,
-    /// The hand-offs to a decode instance with this connector, each with the connector of the prefill
-    /// instance.
+    /// For each connector that a prefill instance may have: the hand-off from that instance to a decode
+    /// instance with this connector.
     pub receives: &'static [(Connector, &'static dyn Handoff)],
 }
 

@@ -27,7 +27,7 @@ pub enum Fallback {
     Multimodal,
     /// The request has a cache salt, and an instance uses LMCache, whose keys do not contain the salt.
     CacheSalt,
-    /// The request asks for no generated token.
+    /// The request wants zero generated tokens.
     NothingToDecode,
     /// The prefill instance could not be reached, or died before it had answered.
     PrefillDied,

@@ -71,8 +71,8 @@ struct State {
     conversations: Recent<u64, Conversation>,
     /// Moving average of a token's length, in bytes of JSON text.
     bytes_per_token: f64,
-    /// Number of turns so far. Keys depend on the number of turns, so that conversations with equal first
-    /// turns have different keys.
+    /// Number of turns of all conversations so far. The key of a new conversation depends on this number, so
+    /// two conversations whose first turns are equal have different keys.
     clock: u64,
 }
 

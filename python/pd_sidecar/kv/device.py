@@ -57,6 +57,6 @@ def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
 
 
 SIGNALS = 64
-"""The number of gathers whose end the sidecar can wait for at the same time. The worker announces any further gather
-only when the gather is over.
+"""The number of gathers whose end the sidecar can wait for at the same time. If more gathers run, the worker announces
+each of the others only after it has ended.
 """

@@ -49,8 +49,8 @@ class Options:
     a message.
     """
     keep_share: float = 0.5
-    """The largest part of the KV cache that prefill requests without a receiver may keep, 0 to 1. The decode side
-    computes further requests.
+    """The largest part of the KV cache that prefill requests without a receiver may keep, 0 to 1. If a request
+    would exceed this part, its KV is not kept, and the decode side computes its prompt.
     """
     push: str = "auto"
     """The moment of a gather on a GPU. `step` gathers after a step. `layers` gathers the first layers of a step while

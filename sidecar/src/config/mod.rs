@@ -160,7 +160,7 @@ pub(crate) struct Proxy {
     pub(crate) engine_url: String,
     /// Time between two registrations.
     pub(crate) period: Duration,
-    /// True if LMCache's keys name the proxy, so that the proxy may be LMCache's own.
+    /// True if LMCache's keys name the proxy. The proxy may then be LMCache's own.
     pub(crate) may_be_lmcaches: bool,
 }
 

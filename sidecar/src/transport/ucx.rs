@@ -40,8 +40,8 @@ impl Ucx {
 }
 
 /// Restarts this process with UCX's variables that the environment does not set. The process may have threads
-/// that read the environment, so the variables must not change in the running process. Returns the exit code
-/// of an error; `None` if no variable is missing.
+/// that read the environment, so the variables must not change in the running process. Returns `None` if no
+/// variable is missing, and an exit code if the restart fails. Does not return if the restart succeeds.
 pub(crate) fn environment(ucx: &Ucx) -> Option<Exit> {
     let mut wanted = ucx.variables.clone();
     if let Some(host) = ucx.tcp_host.as_ref().filter(|_| !ucx.devices_given) {

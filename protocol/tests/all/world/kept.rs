@@ -209,8 +209,8 @@ impl World {
             let from = STRANGER;
             let event = sender::Event::Fetcher { from, message };
             self.p.handle(protocol::Time(self.now), event);
-            // The decode side connects to the fetch port itself, so only a prefill side that a
-            // request names can send this message.
+            // The decode side itself opens the connection to the fetch port that a request names.
+            // So only the sidecar at this port can send the following message.
             let gone = ToFetcher::Gone(Gone {
                 v,
                 token,

@@ -79,7 +79,8 @@ impl Rig {
         Engine::start(name, Arc::clone(&self.journal)).await
     }
 
-    /// Starts a registered instance at a proxy whose `/instances` the client cannot read.
+    /// Starts an instance that registers at the proxy. Does not wait until the proxy lists the instance, so
+    /// it also serves tests in which the client cannot read the proxy's `/instances`.
     pub async fn instance_unseen(&self, name: &str, role: Role) -> (Engine, Sidecar) {
         let engine = self.engine(name).await;
         let sidecar = Sidecar::start(name, role, &engine.url, &self.registration).await;

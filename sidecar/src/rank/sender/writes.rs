@@ -88,8 +88,8 @@ impl SenderTask {
     }
 
     /// Returns a function that computes the checksum of each piece; it returns no sums if checksums are off.
-    /// Call the function after the write, because the slots may not be filled before the write. The slots stay
-    /// unchanged until the machine receives the end of the write.
+    /// Call the function after the write: before the write, the slots are perhaps not filled yet. The slots
+    /// stay unchanged until the machine receives the end of the write.
     pub(super) fn sums(&self, pieces: &[Piece]) -> impl FnOnce() -> Vec<u64> + use<> {
         let slot_layout = self
             .engines
