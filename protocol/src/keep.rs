@@ -1,9 +1,9 @@
 //! The messages between two sidecars about KV that waits in a prefill engine for a decode side.
 //!
 //! The decode side's sidecar connects to the fetch port of the prefill side's sidecar. A random
-//! token names the KV; it came to the decode side with the request itself. Each message may be
-//! repeated. A [`ToKeeper::Fetch`] needs no answer: the prefill side asks for slots with an
-//! `AllocRequest`, and from there on the hand-over is the usual one.
+//! token names the KV. The decode side got the token with the request. Each message may be
+//! repeated. If a [`ToKeeper::Fetch`] succeeds, the prefill side asks for slots with an
+//! `AllocRequest`, and the rest of the hand-over is as usual.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +16,7 @@ use crate::{Epoch, Reason, RequestId, Token};
 pub enum ToKeeper {
     /// Asks the prefill side to push the KV to this receiver. The decode request is parked.
     Fetch(Fetch),
-    /// Keeps the KV for longer: the decode request waits in its engine's queue.
+    /// Keeps the KV for longer, while the decode request waits in its engine's queue.
     Renew(OfToken),
     /// Says that this decode request does not need the KV.
     Drop(OfToken),
@@ -26,7 +26,8 @@ pub enum ToKeeper {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum ToFetcher {
-    /// Says that the token gives no KV, now or ever.
+    /// Says that the decode side cannot get the KV of the token. If [`Gone::retry_ms`] is not 0, a
+    /// repetition of the decode side's message may succeed.
     Gone(Gone),
 }
 
@@ -37,9 +38,10 @@ pub struct Fetch {
     pub v: u32,
     /// Token of the KV.
     pub token: Token,
-    /// Epoch of the prefill side's sidecar, as the decode side learnt it with the token; 0: any.
+    /// Epoch of the prefill side's sidecar, which the decode side got together with the token; 0 if
+    /// the decode side does not know the epoch.
     pub epoch: Epoch,
-    /// Id of the decode request. The following `AllocRequest` has this id.
+    /// Id of the decode request. The sender's `AllocRequest` then has this id.
     pub req: RequestId,
     /// Receiver that wants the KV.
     pub to: Target,
@@ -63,13 +65,14 @@ pub struct OfToken {
 pub struct Gone {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Token of the message that this answers.
+    /// Token of the message to which this message is the answer.
     pub token: Token,
     /// Id of the decode request in that message.
     pub req: RequestId,
-    /// Reason for which the token gives no KV.
+    /// Reason why the decode side cannot get the KV.
     pub reason: Reason,
-    /// Time after which a repetition may succeed, milliseconds. Absent: never.
+    /// Time after which a repetition of the decode side's message may succeed, milliseconds; 0 if
+    /// the decode side must not repeat the message. Absent: 0.
     #[serde(default)]
     pub retry_ms: u32,
 }

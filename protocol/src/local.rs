@@ -20,19 +20,19 @@ pub enum ToSidecar {
     /// Prefill: the engine has begun to compute the request, so the sidecar must ask a receiver for
     /// slots.
     Reserve(Reserve),
-    /// Prefill: keeps the KV of this request in the engine's blocks until a decode side fetches it,
-    /// because the request names no receiver.
+    /// Prefill: the request names no receiver. The engine keeps the request's KV in its blocks
+    /// until a decode side fetches the KV.
     Keep(Keep),
-    /// Prefill: the engine's present step completes further tokens, so the sender may now give send
-    /// slots to their chunks.
+    /// Prefill: the engine's present step completes further tokens. The sender may now give send
+    /// slots to the chunks of these tokens.
     Computing(Computing),
     /// Prefill: these chunks are complete in their granted slots, or will be complete when an event
     /// fires.
     Staged(Staged),
     /// Prefill: cancels the request. The engine accesses no slot of the request after this message.
     Cancel(OfRequest),
-    /// Decode: the KV of a request waits at a prefill side. The sidecar keeps it there until the
-    /// request's [`ToSidecar::Await`], and then fetches it.
+    /// Decode: the KV of a request waits at a prefill side. The sidecar renews the KV until the
+    /// engine sends [`ToSidecar::Await`] for the request, and then fetches the KV.
     Expect(Expect),
     /// Decode: the request is parked, with its KV blocks allocated, and waits for these chunks.
     Await(Await),
@@ -122,8 +122,8 @@ pub struct Welcome {
     /// Handle of the buffer. Absent: the buffer is not GPU memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cuda: Option<CudaMemory>,
-    /// Address at which decode sides fetch KV that this connection's engine keeps. Absent: the
-    /// engine may keep no KV.
+    /// Address at which decode sides fetch the KV that this connection's engine keeps. Absent: the
+    /// engine must not keep KV for decode sides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fetch: Option<Keeper>,
 }
@@ -171,7 +171,7 @@ pub struct Reserve {
     /// Number of tokens that the keys cover.
     pub tokens: u32,
     /// Number of leading tokens of the request that are computed when the engine's present step
-    /// ends, as [`Computing::upto`].
+    /// ends, as in [`Computing::upto`].
     pub upto: u32,
     /// True if the proxy sends the decode leg as soon as this request has begun. The receiver may
     /// then wait until the decode request parks. Absent: false.
@@ -193,14 +193,14 @@ pub struct Keeper {
 pub struct Keep {
     /// Id of the request on this connection.
     pub req: RequestId,
-    /// Token of the KV; the request's answer gives it to the decode side.
+    /// Token of the KV. The decode side gets the token with the answer to the prefill request.
     pub token: Token,
-    /// Key of each chunk in order, as [`Reserve::keys`].
+    /// Key of each chunk, in order, as in [`Reserve::keys`].
     pub keys: Vec<String>,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
-    /// Number of tokens from the start that the engine's present step completes, as
-    /// [`Computing::upto`].
+    /// Number of leading tokens of the request that are computed when the engine's present step
+    /// ends, as in [`Computing::upto`].
     pub upto: u32,
     /// Time for which the KV is kept after it is computed, and after each `Renew`, milliseconds.
     pub keep_ms: u32,
@@ -213,11 +213,11 @@ pub struct Expect {
     pub req: RequestId,
     /// Token of the KV, from the request's parameters.
     pub token: Token,
-    /// Fetch port of the prefill side's sidecar, of this connection's rank.
+    /// Fetch port of the prefill side's sidecar for the rank of this connection.
     pub from: Keeper,
-    /// Epoch of the prefill side's sidecar; 0: any.
+    /// Epoch of the prefill side's sidecar; 0 if the engine does not know the epoch.
     pub epoch: Epoch,
-    /// Time for which the prefill side keeps the KV, as [`Keep::keep_ms`].
+    /// Time for which the prefill side keeps the KV, milliseconds, as in [`Keep::keep_ms`].
     pub keep_ms: u32,
 }
 
@@ -273,7 +273,7 @@ pub struct OfRequest {
 pub struct Await {
     /// Id of the request.
     pub req: RequestId,
-    /// Key of each chunk in order, as [`Reserve::keys`].
+    /// Key of each chunk, in order, as in [`Reserve::keys`].
     pub keys: Vec<String>,
     /// Number of tokens that the keys cover.
     pub tokens: u32,

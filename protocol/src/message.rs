@@ -37,7 +37,7 @@ pub struct NixlInitRequest {
 /// Fields of `NixlInitResponse`, the answer to [`NixlInitRequest`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NixlInitResponse {
-    /// NIXL agent name of the *sender*, as the receiver's NIXL read it from the sender's metadata;
+    /// NIXL agent name of the *sender*, which the receiver's NIXL read from the sender's metadata;
     /// empty without NIXL.
     pub remote_agent_name: ByteBuf,
     /// NIXL agent metadata of the receiver; empty without NIXL.
@@ -106,8 +106,8 @@ pub struct Hello {
     /// can prove that this process has ended.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub seal: ByteBuf,
-    /// From a sender: secrets of the processes that this sender replaces, 32 bytes each, at most
-    /// 16; all of these processes have ended. Absent: as if empty.
+    /// From a sender: secrets of earlier processes that this sender replaces, 32 bytes each, at
+    /// most 16. All these processes have ended. Absent: as if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ended: Vec<ByteBuf>,
     /// Reason why no link can be made; the other fields are valid nevertheless. Absent: the link
@@ -164,9 +164,9 @@ pub enum ToReceiver {
     /// answers with an empty [`ToSender::AllocResponse`].
     CancelNotif(CancelNotif),
     /// Announces writes into these slots, or repeats the announcement while the writes are in
-    /// flight. Because of this message the receiver's NIXL makes progress. Like every message under
-    /// a lease, the message also extends the lease. The sender sends no `Writing` for writes that
-    /// do not need the receiver's progress.
+    /// flight. The receiver then polls NIXL, because NIXL can complete some writes only if the
+    /// receiver polls. The sender sends no `Writing` for other writes. Like every message under a
+    /// lease, the message also extends the lease.
     Writing(Slots),
     /// Reports all chunks that the transport has flushed and that the receiver has not acknowledged
     /// yet. The receiver answers with [`ToSender::Ack`].
@@ -196,9 +196,10 @@ pub enum ToSender {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub enum Query {
-    /// Asks the receiver for a list: the keys whose KV the receiver could send back.
+    /// Asks for the keys whose KV the receiver could send back.
     CacheQueryRequest(CacheQueryRequest),
-    /// Answers that no KV can be sent back: a slot keeps KV only until the engine has read the KV.
+    /// The answer: no KV can be sent back, because a slot keeps KV only until the engine has read
+    /// the KV.
     CacheQueryResponse(CacheQueryResponse),
 }
 
@@ -259,7 +260,7 @@ pub struct AllocX {
     pub id: String,
     /// Epoch of the sender.
     pub epoch: Epoch,
-    /// Epoch of the receiver, as the init handshake gave it.
+    /// Epoch of the receiver, from the init handshake.
     pub to_epoch: Epoch,
     /// Number of tokens that the keys cover.
     pub tokens: u32,
@@ -296,11 +297,11 @@ pub struct AllocResponse {
 pub struct AllocResponseX {
     /// Protocol version of the message's sender.
     pub v: u32,
-    /// Number of the message that this answer belongs to ([`AllocX::seq`] or [`CancelX::seq`]).
+    /// Number of the message that is answered ([`AllocX::seq`] or [`CancelX::seq`]).
     pub seq: u64,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Permission to write. Absent: nothing was granted.
+    /// Id of the granted lease. Absent: nothing was granted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeaseId>,
     /// Number of leading tokens of the request that the decode side already has. Absent: 0.
@@ -310,7 +311,7 @@ pub struct AllocResponseX {
     /// slots. Absent: 0.
     #[serde(default)]
     pub window: u32,
-    /// Reason for the refusal. Absent: this is no refusal.
+    /// Reason for the refusal. Absent: the answer is not a refusal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
     /// Time after which a retry may succeed, milliseconds; 0 if not known. Absent: 0.
@@ -410,7 +411,7 @@ pub struct Ack {
     pub lease: LeaseId,
     /// The receiver's epoch.
     pub epoch: Epoch,
-    /// Chunks of the `Written` message that this message acknowledges.
+    /// Acknowledged chunks of one `Written` message.
     pub chunks: Vec<u32>,
 }
 

@@ -17,8 +17,8 @@ pub enum ToProxy {
     Register(Register),
     /// Says that the instance leaves on purpose.
     Leave(Leave),
-    /// Says that the prefill engine has begun to compute this request and the sender has asked the
-    /// receiver for slots. The proxy may now send the decode leg.
+    /// Says that the prefill engine has begun to compute this request and that the sender has asked
+    /// the receiver for slots. The proxy may now send the decode leg.
     Progress(Progress),
     /// Says that the KV of this request is written, or will not be written. This is LMCache's
     /// message.
