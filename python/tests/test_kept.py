@@ -1,5 +1,5 @@
-"""Tests kept KV: what the scheduler's half reads and answers for routers that name no receiver, and what the workers
-tell the sidecar.
+"""Tests kept KV: the parameters that the scheduler's half reads and answers for routers that name no receiver, and the
+messages of the workers to the sidecar.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_the_answer_of_a_prefill_leg_leads_the_decode_leg_to_its_kv():
     assert response["remote_request_id"] == start.token
     assert response["do_remote_prefill"] is True
     assert response["remote_block_ids"]
-    # The decode leg's parameters are the answer, as any router passes it on.
+    # A router puts the answer's parameters into the decode leg.
     wish = transfer(json.loads(json.dumps(response)))
     assert wish.kept == KeptSource(start.token, (PORT,), 30_000)
     assert not wish.is_push
@@ -73,7 +73,7 @@ def test_the_answer_of_a_prefill_leg_leads_the_decode_leg_to_its_kv():
 def test_a_router_that_turns_numbers_into_floats_changes_nothing():
     _, _, response = prefill(keeper())
     floats = json.loads(json.dumps(response), parse_int=float)
-    # Python compares 1 and 1.0 as equal; the epoch would not survive as a float.
+    # For Python 1 and 1.0 are equal. The epoch is text, because a float would lose some of its digits.
     assert source_of(floats).ports == (PORT,)
 
 
@@ -94,7 +94,7 @@ def test_kept_blocks_are_held_although_vllm_forgets_the_request(is_alone):
     rig.scheduler.keeping.pool = pool
     rig.scheduler.keeping.learn({}, is_alone=is_alone)
     _, delay, response = prefill(rig)
-    # vLLM steps without a pause for a request whose blocks it has to free later.
+    # If vLLM has to free a request's blocks later, it runs steps without a pause until then.
     assert delay is not is_alone
     assert response["do_remote_prefill"] is True
     if not is_alone:
@@ -107,7 +107,7 @@ def test_kept_blocks_are_held_although_vllm_forgets_the_request(is_alone):
     assert [block.ref_cnt for block in blocks] == [1, 1, 1]
     assert rig.step().finished == ["p-1"]
     assert not rig.scheduler.has_work
-    # vLLM does not know the request any more, so it must not hear of its end.
+    # vLLM does not know the request any more, so the request's end must not be reported to vLLM.
     assert rig.scheduler.reported(["p-1", "p-2"], []) == {"p-1"}
     assert [block.ref_cnt for block in blocks] == [0, 0, 0]
     assert pool.get_num_free_blocks() == 7

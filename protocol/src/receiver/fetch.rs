@@ -8,9 +8,9 @@
 //!              Gone ──Await──▶ the request ends at once
 //! ```
 //!
-//! When a lease is granted, the receiver forgets the fetch: from then on the lease identifies the
-//! hand-over. All its messages may be lost. A lost `Drop` costs the prefill side the rest of the
-//! time for which it keeps the KV.
+//! When the receiver grants a lease, it forgets the fetch: after this the lease identifies the
+//! hand-over. Every message of a fetch may be lost. If a `Drop` is lost, the prefill side keeps the
+//! KV until its time ends.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -79,8 +79,8 @@ impl Receiver {
         let id = message.req;
         let known = self.fetches.expected.get(&id);
         let same = known.is_some_and(|e| e.engine == engine && e.token == message.token);
-        // A parked request fetches already, and no sender can write to a receiver without an
-        // address.
+        // A parked request needs no `Renew`. If the receiver has no address, no sender can write to
+        // it.
         let is_late = self.requests.get(&id).is_some_and(|r| r.parked.is_some());
         let full = self.fetches.expected.len() >= self.config.max_requests * EXPECTED_PER_REQUEST;
         if same
@@ -105,12 +105,13 @@ impl Receiver {
             stage: Stage::Queued { next: now + renew },
         };
         self.fetches.expected.insert(id.clone(), expected);
-        // The answer tells early whether the KV is still there.
+        // If the KV is gone, the prefill side answers, and the receiver knows this before the
+        // request parks.
         self.send_renew(&id);
     }
 
-    /// Returns the reason for which the prefill side does not have the KV any more, and forgets the
-    /// request; `None` if the KV may be there.
+    /// Returns the reason why the prefill side does not have the KV any more, and forgets the
+    /// request; `None` if the prefill side may still have the KV.
     pub(super) fn take_gone(&mut self, id: &RequestId) -> Option<Reason> {
         let Stage::Gone(reason) = self.fetches.expected.get(id)?.stage else {
             return None;
@@ -203,8 +204,8 @@ impl Receiver {
         }
     }
 
-    /// Ends the parked requests whose prefill side cannot be reached. Queued requests try again
-    /// when they park.
+    /// Ends the parked requests whose prefill side cannot be reached. For queued requests the
+    /// receiver tries again when they park.
     pub(super) fn on_keeper_lost(&mut self, from: &Keeper, reason: Reason) {
         let parked = self.fetches.expected.iter();
         let parked: Vec<RequestId> = parked
@@ -216,12 +217,12 @@ impl Receiver {
         }
     }
 
-    /// Ends a parked request whose KV does not come. The prefill side needs no `Drop`: it has no KV,
-    /// or keeps it for another decode request.
+    /// Ends a parked request whose KV does not come. The prefill side needs no `Drop`, because it
+    /// has no KV, keeps the KV for another decode request, or cannot be reached.
     fn end_fetch(&mut self, id: &RequestId, reason: Reason) {
         self.fetches.forget(id);
         let asked = |r: &Request| !matches!(r.allocation, Allocation::None);
-        // A sender has already asked for slots, so the message belongs to an earlier fetch.
+        // If a sender has already asked for slots, the message belongs to an earlier fetch.
         if !self.requests.get(id).is_some_and(asked) {
             self.end_parked(id, reason, true);
         }
@@ -279,12 +280,13 @@ impl Expected {
 
 /// Time after which a `Fetch` without an answer is repeated.
 const REPEAT: Duration = Duration::from_millis(500);
-/// Number of renewals in the time for which KV is kept. So two lost renewals do not end the KV.
+/// Number of renewals in the time for which KV is kept. With three renewals, the KV survives the
+/// loss of two.
 const RENEWALS_PER_TERM: u32 = 3;
 /// Shortest time between two renewals, whatever the request's parameters say.
 const MIN_RENEW: Duration = Duration::from_millis(100);
 /// Shortest time until a `Fetch` that was answered with `retry_ms` is repeated.
 const MIN_RETRY: Duration = Duration::from_millis(50);
-/// Most expected requests for each request of `max_requests`: an engine's queue is longer than the
-/// number of its parked requests.
+/// Maximum number of expected requests, as a multiple of `max_requests`. An engine can have more
+/// queued requests than parked requests.
 const EXPECTED_PER_REQUEST: usize = 4;

@@ -39,8 +39,8 @@ pub struct Config {
     pub link: Duration,
     /// Maximum time without progress of a request. The sender then ends the request.
     pub stall: Duration,
-    /// Longest time for which KV is kept for a decode side after it is computed, whatever the engine
-    /// asks for and however often it is renewed.
+    /// Maximum time for which KV is kept for a decode side after the KV is computed. The limit also
+    /// holds if the engine asks for a longer time, and if the KV is renewed.
     #[serde(default)]
     pub max_keep: Duration,
     /// True if the sender must refuse every request with `push_off`. The tests use this flag to

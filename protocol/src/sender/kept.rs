@@ -1,7 +1,8 @@
 //! Handles KV that the engine keeps in its own blocks until a decode side fetches the KV.
 //!
 //! A router that names no receiver sends the decode request after the prefill request has ended.
-//! The engine then holds the KV, and the decode side's sidecar asks for it by a token.
+//! Meanwhile the engine keeps the KV, and a token names the KV. The decode side's sidecar sends
+//! this token when it asks for the KV.
 //!
 //! ```text
 //!  Keep ──▶ Kept ──Fetch──▶ Fetched: a request to the fetching receiver, like any other
@@ -13,16 +14,16 @@
 //!            └──── no lease ───┘
 //! ```
 //!
-//! * Kept KV has no send slot. Slots go only to chunks for which a receiver with a parked request
-//!   has opened a slot, so two requests never wait for each other's slots.
-//! * A fetch that fails before its lease costs nothing: the KV is kept again, for a decode request
-//!   that is sent a second time. After the lease the engine may be gathering into granted slots,
-//!   and a late `Staged` could look like a `Staged` of the next fetch. So a fetch that fails after
-//!   its lease ends the KV.
-//! * An unknown token leaves no state, and no address in its message is contacted.
-//! * Nothing is kept longer than [`Config::max_keep`](super::Config::max_keep) after it is
-//!   computed, renewed or not: without this limit two engines that keep KV for each other could
-//!   wait for ever.
+//! * Kept KV has no send slot. A chunk gets a send slot only after a receiver with a parked request
+//!   has opened a landing slot for it. So two requests never wait for each other's slots.
+//! * If a fetch fails before its lease, the KV is kept again, because the decode request may be
+//!   sent a second time. If a fetch fails after its lease, the KV ends: the engine may be gathering
+//!   into granted slots, and the sender could take a late `Staged` for a `Staged` of the next
+//!   fetch.
+//! * For a message with an unknown token, the sender stores nothing and contacts no address.
+//! * No KV is kept longer than [`Config::max_keep`](super::Config::max_keep) after it is computed,
+//!   even if it is renewed. Without this limit, two engines that keep KV for each other could wait
+//!   for ever.
 
 mod store;
 
@@ -54,13 +55,13 @@ impl Sender {
             return;
         }
         if self.store.fetched.get(&asked.token) == Some(&asked.req) {
-            return; // a repetition that crossed a fetch
+            return; // a repetition; the KV is being fetched already
         }
         self.set_aside(&asked.req);
         if let Err(reason) = self.admit_keep(&asked) {
             self.tell_ended(engine, &asked.req, Some(reason), 0);
-            // The answer with the token may be in flight already, so the decode side has to learn
-            // the reason.
+            // The answer with the token may be in flight already. If the decode side then asks, it
+            // gets the reason.
             if reason != Reason::Duplicate && asked.token.is_sound() {
                 self.store.bury(asked.token, reason);
             }
@@ -69,7 +70,7 @@ impl Sender {
             self.actions.push_back(Action::Record(record));
             return;
         }
-        // If the push of KV has failed, the engine may offer the KV again.
+        // After a failed push, the engine may keep the same KV again.
         self.store.ended.retain(|(token, _)| *token != asked.token);
         let kept = Kept {
             engine,
@@ -109,8 +110,8 @@ impl Sender {
         }
     }
 
-    /// Returns the time for which KV is kept from now on. While the engine still computes, only the
-    /// limit counts: a preempted request may wait for long.
+    /// Returns the time for which KV is kept, beginning now. While the engine still computes the
+    /// prompt, only the limit counts, because a preempted request may wait for a long time.
     fn term(&self, keep_ms: u32, complete: bool) -> Term {
         let keep = Duration::from_millis(u64::from(keep_ms)).min(self.config.max_keep);
         let limit = self.now + self.config.max_keep;
@@ -170,7 +171,7 @@ impl Sender {
             .iter()
             .filter(|(_, k)| k.term.deadline <= now)
             .map(|(token, k)| {
-                // A decode request has renewed until the limit, so it still waits.
+                // A decode request that has renewed the KV until the limit still waits for it.
                 let waits = k.term.limit <= now && !k.renewers.is_empty();
                 let reason = if waits {
                     Reason::Deadline
@@ -241,7 +242,8 @@ impl Sender {
     /// have the decode side's id, and the messages to the engine have the engine's id.
     fn start_fetch(&mut self, from: FetcherId, fetch: Fetch, kept: Kept) {
         let id = kept.req.clone();
-        // The rest of an earlier fetch may still wait for its receiver's answer under this id.
+        // An earlier fetch under this id may have ended without its receiver's answer, and may
+        // still wait for this answer.
         self.set_aside(&id);
         let reserve = Reserve {
             req: kept.req,
@@ -285,19 +287,19 @@ impl Sender {
         }
     }
 
-    /// Ends KV that a decode request does not need, unless another decode request waits for it.
+    /// Ends KV that a decode request does not need, unless another decode request waits for the KV.
     fn on_drop(&mut self, drop: &OfToken) {
         if self.check(drop.v, drop.epoch).is_err() {
             return;
         }
         if let Some(id) = self.store.fetched.get(&drop.token).cloned() {
-            // Under a lease the receiver itself says that it does not want the rest.
+            // After the lease the receiver itself sends `Unwanted` for the rest.
             let asks = self.requests.get(&id).is_some_and(|r| {
                 r.record.req == drop.req && matches!(r.phase, Phase::Linking | Phase::Asking { .. })
             });
             if asks && let Some(request) = self.requests.get_mut(&id) {
-                // Let the time of the KV end now, so that the KV ends with the request and is not
-                // kept again.
+                // Set the deadline of the KV to now. The KV then ends together with the request,
+                // and is not kept again.
                 if let Some(fetched) = &mut request.fetched {
                     fetched.term.deadline = self.now;
                 }
@@ -314,8 +316,8 @@ impl Sender {
         }
     }
 
-    /// Notes the end of a request that served a fetch. Returns true if the engine keeps its KV: the
-    /// request has told the engine nothing yet, and another decode request may still come.
+    /// Notes the end of a request that served a fetch. Returns true if the engine keeps the KV: the
+    /// engine has got no message about the fetch yet, and another decode request may still come.
     pub(super) fn end_fetched(&mut self, id: &RequestId, reason: Option<Reason>) -> bool {
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
@@ -351,7 +353,7 @@ impl Sender {
             );
             return true;
         }
-        // Later fetches of KV that was delivered repeat an answered message.
+        // If the KV was delivered, a later fetch of this token can only be a repetition.
         let end = reason.unwrap_or(Reason::Duplicate);
         self.store.bury(fetched.token.clone(), end);
         if asks && let Some(reason) = reason {
@@ -360,7 +362,8 @@ impl Sender {
         false
     }
 
-    /// Checks whether a message is for the current start of this sidecar.
+    /// Checks that a message has this protocol version, and that it is for the present epoch of
+    /// this sidecar.
     fn check(&self, v: u32, epoch: Epoch) -> Result<(), Reason> {
         if v != VERSION {
             Err(Reason::VersionMismatch)
@@ -415,5 +418,6 @@ fn is_final(reason: Reason) -> bool {
 
 /// Epoch in messages of decode sides that do not know it.
 const ANY_EPOCH: Epoch = Epoch(0);
-/// Most decode requests whose renewals count: a client request has few retries and choices.
+/// Maximum number of decode requests that the sender notes as renewers of one token. A client
+/// request has few retries and choices.
 const MAX_RENEWERS: usize = 8;

@@ -48,7 +48,7 @@ pub(super) struct Term {
     /// Time that each `Renew` gives.
     pub(super) keep: Duration,
     pub(super) deadline: Time,
-    /// Latest deadline, renewed or not.
+    /// Latest possible deadline: a `Renew` moves the deadline at most to this time.
     pub(super) limit: Time,
 }
 

@@ -1,4 +1,4 @@
-//! Kept KV at the sender, message by message: what it answers to each message on its fetch port.
+//! Tests kept KV at the sender, message by message: its answer to each message on its fetch port.
 
 use protocol::keep::{Fetch, OfToken, ToFetcher, ToKeeper};
 use protocol::local::{Computing, Keep, OfRequest};
@@ -109,7 +109,7 @@ fn ended(actions: &[sender::Action]) -> Vec<Option<Reason>> {
     actions.iter().filter_map(of).collect()
 }
 
-/// The guard against a fetch port that can be used to make the sidecar connect anywhere.
+/// Otherwise any process could use the fetch port to make the sidecar connect to any address.
 #[test]
 fn an_unknown_token_contacts_no_address_and_leaves_no_state() {
     let mut side = Side::new();
@@ -180,7 +180,8 @@ fn kept_kv_ends_when_nobody_renews_and_at_the_limit_in_any_case() {
     assert!(side.machine.is_idle());
 }
 
-/// A preempted prefill request may make no progress for a long time.
+/// A preempted prefill request may make no progress for a long time. Its KV must not expire
+/// meanwhile.
 #[test]
 fn the_time_begins_when_the_prompt_is_computed() {
     let mut side = Side::new();
@@ -223,7 +224,8 @@ fn a_fetch_becomes_a_request_with_the_decode_sides_id() {
     assert!(matches!(again[..], [(Reason::Duplicate, 1..)]), "{again:?}");
 }
 
-/// The engine does not know of a fetch before its lease, so another decode side can fetch the KV.
+/// The engine gets no message about a fetch before the fetch has a lease. So another decode side
+/// can fetch the KV.
 #[test]
 fn a_fetch_that_fails_before_its_lease_leaves_the_kv_for_another() {
     let mut side = Side::new();
@@ -267,7 +269,7 @@ fn a_fetch_that_fails_before_its_lease_leaves_the_kv_for_another() {
         to: target(),
         message,
     });
-    // No other receiver of this model computes other keys.
+    // Every other receiver of this model computes the same keys, so another fetch would fail, too.
     assert_eq!(ended(&actions), [Some(Reason::KeyMismatch)]);
     assert!(side.machine.is_idle());
 }

@@ -1,11 +1,13 @@
-//! KV that two engines keep for each other must not stop both: every request ends, quickly if kept KV
-//! may take only a share of the blocks, and otherwise within the longest time for which KV is kept.
+//! Checks that two engines that keep KV for each other do not stop. If kept KV may take only a
+//! share of the blocks, every request ends quickly. Otherwise every request ends within the maximum
+//! time for which KV is kept.
 
 use proptest::prelude::*;
 
 use crate::two_engines::{Job, MAX_KEEP_MS, Plan, run};
 
-/// Each engine's blocks are full of KV for a request that waits in the other's queue.
+/// The blocks of each engine are full of KV for requests that wait in the queue of the other
+/// engine.
 fn cross(share: u32) -> Plan {
     let jobs = (0..4)
         .map(|index| Job {

@@ -1,5 +1,5 @@
-//! Kept KV over bad networks: the decode side fetches what the prefill engine keeps. [`world`] lists
-//! the checks of each run; the property test of `simulated` has kept requests too.
+//! Tests kept KV over bad networks: the decode side fetches the KV that the prefill engine keeps.
+//! [`world`] lists the checks of each run. The property test of `simulated` also has kept requests.
 
 use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
 use protocol::Reason;
@@ -107,8 +107,8 @@ fn loss_delay_and_duplication_of_fetches_cost_time_only() {
         delivered += outcome.delivered;
         failed.extend(outcome.failed);
     }
-    // A quarter of the lost messages to a fetch port is reported as a lost connection, which ends a
-    // parked request.
+    // The simulation reports one quarter of the lost messages to a fetch port as a lost connection.
+    // A lost connection ends a parked request.
     assert!(delivered >= 470, "{delivered} delivered, {failed:?}");
 }
 
@@ -155,7 +155,8 @@ fn connections_and_writes_fail_at_any_time() {
     }
 }
 
-/// No guess at a token, and no lie of a process that has none, costs a request its KV.
+/// A process that has no token guesses tokens and sends false messages. No request loses its KV by
+/// this.
 #[test]
 fn strangers_on_the_fetch_port_change_nothing() {
     for seed in 0..100 {

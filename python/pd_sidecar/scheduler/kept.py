@@ -1,6 +1,6 @@
 """Keeps KV for routers that name no receiver: the prefill engine keeps the KV, and the decode side fetches the KV.
 
-The prefill leg says only `do_remote_decode`. The answer's `kv_transfer_params` have the fields of vLLM's NixlConnector,
+The prefill leg sets only `do_remote_decode`. The answer's `kv_transfer_params` have the fields of vLLM's NixlConnector,
 because routers check these fields and pass them on. One more field, `pd`, tells our decode side where the KV is. The
 router puts the whole object into the decode leg.
 
@@ -28,7 +28,7 @@ class FetchPort:
     host: str
     port: int
     epoch: int
-    """The epoch of that rank's side of the sidecar; 0 if it is not known."""
+    """The epoch of the sidecar at this rank; 0 if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class KeptSource:
 
     token: str
     ports: tuple[FetchPort, ...]
-    """One per rank."""
+    """One fetch port per rank."""
     keep_ms: int
 
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """The limits of what this engine keeps."""
+    """The limits of the KV that this engine keeps."""
 
     engine_id: str
     keep_ms: int
@@ -60,15 +60,15 @@ class Keeping:
 
     policy: KeepPolicy | None = None
     ports: dict[int, FetchPort] = field(default_factory=dict)
-    """By rank. Empty while no worker has reported that its sidecar can keep KV."""
+    """Fetch port of each rank. Empty until a worker reports that its sidecar can keep KV."""
     pool: BlockPool | None = None
     """The engine's blocks; `None` in a version of vLLM that gives no pool to connectors."""
     is_alone: bool = False
-    """True if this connector is known to be no child of a MultiConnector."""
+    """True if it is known that this connector is not the child of a MultiConnector."""
     pinned: dict[str, list[KVCacheBlock]] = field(default_factory=dict)
-    """Blocks that this object holds by references of its own, so that vLLM forgets the blocks' request at once: while
-    vLLM delays the freeing of a request's blocks, it steps without a pause. vLLM delays the freeing nevertheless if
-    there is no pool, or under MultiConnector, where another child may report the same request to vLLM.
+    """Blocks to which this object has references of its own. With these references vLLM can forget the request at once.
+    Otherwise vLLM delays the freeing of the blocks, and runs steps without a pause until it frees them. There are no
+    such references if there is no pool, or under MultiConnector, where another child may report the same request.
     """
     answers: list[dict[str, Any]] = field(default_factory=list)
     """The answers since the last step that name kept KV. vLLM has not sent them yet when it passes on the workers'
@@ -77,7 +77,7 @@ class Keeping:
     _blocks: dict[str, int] = field(default_factory=dict)
 
     def learn(self, ports: Mapping[int, FetchPort | None], *, is_alone: bool = False) -> None:
-        """Stores the fetch ports that a worker reports; `None` for a rank whose sidecar is gone or has no such port."""
+        """Stores the fetch ports that a worker reports; `None` for a rank without a sidecar or without a fetch port."""
         self.is_alone = is_alone
         for rank, port in ports.items():
             if port is None:
@@ -86,7 +86,7 @@ class Keeping:
                 self.ports[rank] = port
 
     def is_possible(self, ranks: int) -> bool:
-        """Returns true if decode sides can fetch from each rank."""
+        """Returns true if every one of these ranks has a fetch port."""
         return self.policy is not None and all(rank in self.ports for rank in range(ranks))
 
     def hold(self, engine_id: str, blocks: Sequence[int]) -> bool:

@@ -31,8 +31,8 @@ pub(super) struct Kept {
     pub(super) renewers: BTreeSet<RequestId>,
 }
 
-/// Request whose KV is kept, for the status page. It does not have the token, because whoever has
-/// the token can fetch the KV.
+/// Request whose KV is kept, for the status page. The token is not here, because any process that
+/// has the token can fetch the KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeptRequest<'a> {
     /// Id of the request at the prefill engine.
@@ -53,7 +53,7 @@ impl Store {
         self.kept.is_empty() && self.fetched.is_empty()
     }
 
-    /// Returns the number of requests with kept KV, and of their tokens.
+    /// Returns the number of requests with kept KV, and the number of their tokens.
     pub(in crate::sender) fn gauges(&self) -> (u32, u64) {
         let tokens = self.kept.values().map(|k| u64::from(k.upto)).sum();
         (u32::try_from(self.kept.len()).unwrap_or(u32::MAX), tokens)
@@ -81,7 +81,7 @@ impl Store {
         }
     }
 
-    /// Returns the end of a token; `NotKept` if the token is unknown.
+    /// Returns the reason why a token has ended; `NotKept` if the token is unknown.
     pub(super) fn end_of(&self, token: &Token) -> Reason {
         let end = self.ended.iter().rev().find(|(known, _)| known == token);
         end.map_or(Reason::NotKept, |(_, reason)| *reason)
@@ -111,5 +111,6 @@ impl Sender {
     }
 }
 
-/// Number of ended tokens that the sender remembers: a few seconds of a busy instance.
+/// Number of ended tokens that the sender remembers. A busy instance ends this many tokens in a few
+/// seconds.
 const REMEMBERED: usize = 1024;

@@ -1,8 +1,8 @@
-//! Simulation of a router that names no receiver: the prefill engine keeps the KV, and the decode
-//! side fetches it by a token.
+//! Simulates a router that names no receiver: the prefill engine keeps the KV, and the decode side
+//! fetches the KV with a token.
 //!
 //! The two engines know the request under different ids. The decode request may come late, twice or
-//! never, and it waits in its engine's queue before it parks.
+//! never. It waits in its engine's queue before it parks.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +16,7 @@ use super::engines::{Step, Turn, keys};
 use super::plan::{Park, RequestPlan};
 use super::{Happening, MS, SECOND, World};
 
-/// The router's and the decode engine's part of kept requests.
+/// State of the router and of the decode engine for kept requests.
 #[derive(Default)]
 pub(crate) struct Legs {
     tokens: u128,
@@ -24,7 +24,7 @@ pub(crate) struct Legs {
     kept: BTreeMap<String, Token>,
     /// Decode requests in the engine's queue, by the decode engine's id.
     queued: BTreeMap<String, Leg>,
-    /// Decode requests that were aborted in the queue: the sidecar answers each with an end.
+    /// Decode requests that were aborted in the queue and whose `Ended` has not come yet.
     pub(crate) dismissed: BTreeSet<String>,
 }
 
@@ -36,9 +36,9 @@ pub(crate) struct Leg {
     epoch: Epoch,
 }
 
-/// Time for which the engine asks that KV is kept.
+/// Time for which the engine asks the sidecar to keep KV, milliseconds.
 const KEEP_MS: u32 = 4000;
-/// Connection of the stranger to the fetch port.
+/// Connection to the fetch port of a process that has no token.
 const STRANGER: FetcherId = FetcherId(0);
 
 pub(crate) fn keeper() -> Keeper {
@@ -58,7 +58,7 @@ pub(crate) fn prefill_id(plan: &RequestPlan) -> String {
 }
 
 impl World {
-    /// Returns the message that keeps the KV of a request.
+    /// Returns the message with which the engine keeps the KV of a request.
     pub(crate) fn keep(&mut self, plan: &RequestPlan, upto: u32) -> Keep {
         self.legs.tokens += 1;
         let token = Token(format!("{:032x}", self.legs.tokens));
@@ -74,7 +74,7 @@ impl World {
         }
     }
 
-    /// Answers the prefill request, so that the router sends the decode request, or two.
+    /// Answers the prefill request. The router then sends one decode request, or two.
     pub(crate) fn answer(&mut self, plan: &RequestPlan) {
         let (Park::AtMs(delay) | Park::OnProgress(delay) | Park::OnNotify(delay)) = plan.park
         else {
@@ -172,7 +172,7 @@ impl World {
         }
     }
 
-    /// Lets a process without a token talk to both ends of the fetch port.
+    /// Lets a process without a token send messages to both ends of a connection to the fetch port.
     pub(crate) fn stranger_fetches(&mut self) {
         let req = format!("r{}", self.rng.random_range(0..4));
         for _ in 0..4 {

@@ -1,7 +1,8 @@
 //! Connects to the fetch ports of prefill sides' sidecars, from which this rank fetches kept KV.
 //!
-//! A connection is made with the first message to a port, and ends when it has been idle. A request's own
-//! parameters name the port, so the number of connections has a limit.
+//! The first message to a port makes a connection. The connection ends when it has been idle for a while. The
+//! ports come from the requests' parameters, so a client could name any number of ports. Therefore the number
+//! of connections has a limit.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -31,7 +32,7 @@ pub(super) enum FromKeeper {
 pub(super) struct Keepers {
     /// The name of this rank's sidecar, for the identities of its sockets.
     name: String,
-    /// Longest time for a connection to be made.
+    /// Maximum time until a connection is made.
     link: Duration,
     connections: BTreeMap<Keeper, Connection>,
     /// The number of the latest connection. Events of older connections to the same port are ignored.
@@ -97,7 +98,8 @@ impl Keepers {
     fn connect(&mut self, to: Keeper) {
         self.generation += 1;
         let generation = self.generation;
-        // The prefill side gives an identity to the first peer that uses it, so it must not be guessable.
+        // The prefill side refuses a second connection with the same identity. So no other process may be able
+        // to guess the identity and use it first.
         let secret: u64 = rand::random();
         let identity = format!("{}-{secret:016x}-fetch", self.name);
         let (outbox, outgoing) = mpsc::channel(QUEUE);
@@ -111,7 +113,7 @@ impl Keepers {
                 () = run(&at, &identity, link, outgoing, |news| {
                     let events = events.clone();
                     async move {
-                        // The owner is gone only when the process ends.
+                        // The other end of the channel is dropped only when the process ends.
                         let sent = events.send((generation, news)).await;
                         debug_assert!(sent.is_ok() || events.is_closed());
                     }
@@ -128,7 +130,7 @@ impl Keepers {
         );
     }
 
-    /// Returns the next event of a fetch port; never completes without one.
+    /// Returns the next event of a fetch port. Waits for ever if there is no event.
     ///
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
@@ -160,7 +162,8 @@ impl Keepers {
         }
     }
 
-    /// Forgets a connection. Returns false if there is a newer one to the same port.
+    /// Forgets a connection. Returns false if the connection is unknown, for example because a newer connection
+    /// to the same port exists.
     fn forget(&mut self, keeper: &Keeper, generation: u64) -> bool {
         let mine = self
             .connections
@@ -233,9 +236,9 @@ async fn run<F: Future<Output = ()>>(
     }
 }
 
-/// Time without a message to a fetch port after which its connection ends. Renewals are more frequent.
+/// If no message is sent to a fetch port for this time, the connection ends. Renewals are more frequent.
 const IDLE: Duration = Duration::from_secs(60);
-/// Most connections to fetch ports: far more than prefill instances of a fleet.
+/// Maximum number of connections to fetch ports: far more than the number of prefill instances in a fleet.
 const MAX_KEEPERS: usize = 1024;
-/// Most messages of a queue to or from the fetch ports.
+/// Maximum number of messages in a queue to or from the fetch ports.
 const QUEUE: usize = 1024;

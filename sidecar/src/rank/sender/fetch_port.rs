@@ -1,4 +1,5 @@
-//! Passes the messages of decode sides on the fetch port to the machine, and its answers back.
+//! Passes the messages that decode sides send to the fetch port to the machine, and sends the machine's
+//! answers.
 
 use common::zmq::{Closed, FromPeer, RouterServer};
 use protocol::codec;
@@ -21,7 +22,7 @@ pub(crate) struct FetchPort {
 
 impl SenderTask {
     pub(super) fn on_fetch_port(&mut self, event: FromPeer) {
-        // The machine keeps nothing of a connection: kept KV expires by its own clock.
+        // The end of a connection changes nothing in the machine, because kept KV has its own deadline.
         let FromPeer::Message(route, bytes) = event else {
             return;
         };
@@ -56,7 +57,7 @@ impl SenderTask {
         }
     }
 
-    /// Passes the kept requests to the observer if there was a change.
+    /// Passes the kept requests to the observer if they have changed.
     pub(super) fn publish_kept(&mut self) {
         let Some(machine) = &self.machine else {
             return;
