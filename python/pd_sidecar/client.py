@@ -162,8 +162,8 @@ class Client:
         self.send(Reserve(req, to, keys, tokens, upto, overlap))
 
     def keep(self, req: str, token: str, keys: list[str], *, tokens: int, upto: int, keep_ms: int) -> None:
-        """Prefill: keeps a request's chunks in the engine until a decode side fetches them by the token. The answer is
-        `Granted` when a decode side has fetched the KV, or `Ended`.
+        """Prefill: tells the sidecar that the engine keeps a request's chunks until a decode side fetches them with the
+        token. The sidecar answers `Granted` when a decode side fetches the KV, or `Ended`.
         """
         self.send(Keep(req, token, keys, tokens, upto, keep_ms))
 

@@ -1,6 +1,6 @@
 """Tests real routers that name no receiver.
 
-The prefill engine keeps the KV, and the decode side's sidecar fetches it.
+The prefill engine keeps the KV, and the decode side's sidecar fetches the KV.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUTERS = ROOT / "target" / "routers-venv"
 BOUND_S = 30.0
 TOKENS = 24
 
-# CPU use of an engine with its sidecar while KV is kept, and the time in which it is measured.
+# Maximum CPU use of an engine and its sidecar while KV is kept, in cores, and the seconds for which it is measured.
 IDLE_CORES = 0.06
 MEASURED_S = 3.0
 
@@ -66,7 +66,7 @@ def fetching(pair: Pair) -> Iterator[Pair]:
     pair.restart_sidecars(keys={**pair.sender.options.keys, "fetch_port": 0})
     port = f"tcp {pair.sender.host}:"
     (fetch,) = [row["address"] for row in pair.sender.status()["listens"] if row["channel"] == "fetch of rank 0"]
-    # The scheduler's half learns the port with a step.
+    # The scheduler's half learns the port in the next step.
     pair.prefill.warm_up()
     deadline = time.monotonic() + BOUND_S
     while port + str(legs(pair, [2, 3, 4])["remote_port"]) != fetch:
@@ -117,13 +117,13 @@ def test_vllm_router(vllm_router: Router, reference: Reference, tokens: int) -> 
 def test_an_engine_that_keeps_kv_idles(fetching: Pair) -> None:
     pair, tokens = fetching, prompt(300, seed=192)
     told = prefill_leg(pair.prefill, tokens)
-    # vLLM's worker looks for its next step without a pause for some seconds, whatever is kept.
+    # After a step, vLLM's worker polls for the next step without a pause for some seconds, even if no KV is kept.
     deadline = time.monotonic() + BOUND_S
     while (cores := cores_used(pair)) > IDLE_CORES:
         assert time.monotonic() < deadline, f"{cores:.2f} cores while KV is kept"
     (row,) = pair.sender.kept()
     assert row["tokens"] == len(tokens)
-    # The engine does not step, so its polling thread gathers the KV.
+    # The engine runs no step, so its polling thread gathers the KV.
     before, steps = pair.decode.prompt_tokens(), pair.prefill.metrics().sum("vllm:iteration_tokens_total_count")
     decode_leg(pair, tokens, told)
     check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))

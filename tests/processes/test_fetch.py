@@ -1,4 +1,4 @@
-"""KV that a prefill engine keeps until a decode side fetches it: two sidecars as processes; no engine runs.
+"""Tests KV that a prefill engine keeps until a decode side fetches it. Two sidecars run as processes; no engine runs.
 
 A client at each sidecar takes the place of an engine, and the test takes the place of the router.
 """
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
 @dataclass
 class Pair:
-    """Two sidecars and the clients in the place of their engines."""
+    """Two sidecars, and two clients that take the place of their engines."""
 
     sender: Sidecar
     receiver: Sidecar
@@ -57,7 +57,7 @@ class Pair:
         self.requests += 1
         req = f"d-{self.requests}"
         epoch = self.prefill.welcome.epoch if epoch is None else epoch
-        # The receiver renews once a second.
+        # With this `keep_ms` the receiver sends `Renew` once a second.
         self.decode.expect(req, token, self.port, epoch=epoch, keep_ms=3_000)
         return req
 
@@ -127,7 +127,7 @@ def test_a_decode_side_fetches_what_a_prefill_side_keeps(pair: Pair) -> None:
     req = pair.expect(token)
     pair.park(req)
     assert pair.ends(kept, req) == {kept: None, req: None}
-    # On the wire the request has the decode side's id, in the records of both sidecars.
+    # The request has the decode side's id on the wire, so the records of both sidecars have this id.
     for sidecar in (pair.sender, pair.receiver):
         record = sidecar.record(req)
         assert (record["reason"], record["chunks"], record["bytes"]) == (None, 2, TOKENS * TOKEN_BYTES)

@@ -1,9 +1,10 @@
-//! Two engines that both prefill and decode, and keep KV in their blocks for each other.
+//! Simulates two engines that both prefill and decode, and that keep KV in their blocks for each
+//! other.
 //!
-//! Each engine has a pool of blocks and one queue, and the head of the queue waits until its blocks
-//! are free, as in vLLM. A prefill request's blocks stay taken while its KV is kept; a decode request
-//! needs its blocks before it may fetch. So each engine can wait for blocks that the other engine's
-//! queue holds.
+//! Each engine has a pool of blocks and one queue. As in vLLM, the head of the queue waits until
+//! enough blocks are free. While the KV of a prefill request is kept, its blocks are not free. A
+//! decode request needs blocks before it may fetch. So each engine can wait for blocks that become
+//! free only when a request in the other engine's queue gets its KV.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
@@ -20,10 +21,10 @@ use crate::setup::{self, CHUNK, SECOND, keys};
 
 const MS: u64 = 1000;
 const ENGINE: EngineId = EngineId(1);
-/// Longest time for which KV is kept, milliseconds.
+/// Maximum time for which KV is kept, milliseconds.
 pub(crate) const MAX_KEEP_MS: u64 = 20_000;
 
-/// One client request: prefill on one engine, decode on the other.
+/// One client request: one engine prefills, and the other engine decodes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job {
     pub(crate) at_ms: u16,
@@ -35,9 +36,9 @@ pub(crate) struct Job {
 pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) jobs: Vec<Job>,
-    /// Blocks of each engine; a block holds a chunk.
+    /// Number of blocks of each engine. A block holds one chunk.
     pub(crate) blocks: u32,
-    /// Blocks of each engine that may be kept.
+    /// Maximum number of blocks of each engine that hold kept KV.
     pub(crate) share: u32,
     pub(crate) slots: u32,
 }
@@ -71,7 +72,7 @@ struct Node {
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
     pub(crate) fetched: usize,
-    /// Jobs that the decode engine computed because nothing was kept.
+    /// Number of jobs whose prompt the decode engine computed because no KV was kept.
     pub(crate) computed: usize,
     pub(crate) failed: Vec<Reason>,
     pub(crate) ended_ms: u64,
@@ -226,7 +227,8 @@ impl Cross {
         }
     }
 
-    /// Begins the requests at the head of the queue whose blocks are free.
+    /// Takes requests from the head of the queue as long as there are enough free blocks, and
+    /// begins them.
     fn schedule(&mut self, node: usize) {
         while let Some(leg) = self.nodes[node].queue.front().cloned() {
             let (Leg::Prefill(job) | Leg::Decode(job, _)) = leg;
@@ -268,7 +270,8 @@ impl Cross {
         self.nodes[node].p.handle(Time(self.now), event);
     }
 
-    /// Answers a prefill request, with a token unless the kept KV has its share of the blocks.
+    /// Answers a prefill request. The answer has a token if the share of the blocks has room for
+    /// the request's KV.
     fn computed(&mut self, node: usize, job: usize) {
         let chunks = self.plan.jobs[job].chunks;
         let keeps = self.nodes[node].kept + chunks <= self.plan.share;
@@ -414,7 +417,8 @@ impl Cross {
                 let chunks = self.plan.jobs[job_of(&ended.req)].chunks;
                 match ended.reason {
                     None => self.outcome.fetched += 1,
-                    // The decode engine computes the prompt in the blocks that it has.
+                    // The decode engine computes the prompt in the blocks that the request already
+                    // has.
                     Some(reason) => self.outcome.failed.push(reason),
                 }
                 self.soon(Happening::Over(node, chunks));

@@ -121,7 +121,7 @@ def transfer(params: Mapping[str, Any] | None, engine_id: str = "") -> Transfer 
         # LMCache's proxy names only the receiver.
         push = isinstance(spec, dict) and "receiver_host" in spec
     if not push and not load:
-        # Our prefill side has answered that it kept nothing, but its router sent the decode leg nevertheless.
+        # Our prefill side has answered that it keeps no KV, but the router sent the decode leg nevertheless.
         return Skip.NOT_KEPT if "pd" in params else Skip.NO_PARAMS
     if spec is None and not (push and load):
         return _unnamed(params, keeps=bool(push))

@@ -141,7 +141,7 @@ class FetchNotice(KVConnectorHandshakeMetadata):
     """A worker's sidecars can keep KV for decode sides. The scheduler's half learns this before the first request."""
 
     ports: dict[int, FetchPort | None]
-    """As `IdleReport.fetch_ports`."""
+    """The same as `IdleReport.fetch_ports`."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class IdleReport(KVConnectorWorkerMetadata):
     sidecar without a fetch port.
     """
     is_alone: bool = False
-    """True if the worker's connector is no child of a MultiConnector."""
+    """True if the worker's connector is not the child of a MultiConnector."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if not isinstance(other, IdleReport):

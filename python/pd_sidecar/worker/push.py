@@ -172,7 +172,7 @@ class Sender:
         out: set[str] = set()
         for engine_id, outgoing in list(self._by_engine_id.items()):
             since = outgoing.held_since
-            # For kept KV the sidecar limits the time.
+            # This deadline is not for kept KV: the sidecar limits the time for which KV is kept.
             if since is not None and not outgoing.start.token and now > since + self._rank.save_deadline_s:
                 self._give_up(outgoing, "save_deadline")
             if not outgoing.over or outgoing.gathering:
@@ -259,7 +259,7 @@ class Sender:
         )
 
     def _restart_keep(self, outgoing: Outgoing) -> None:
-        """Tells the sidecar that the answer leaves now, so that the time for which the KV is kept begins."""
+        """Tells the sidecar that the answer is sent now. The time for which the KV is kept begins at this moment."""
         if not outgoing.start.token or outgoing.over:
             return
         try:

@@ -89,7 +89,7 @@ class Worker:
         self._idle_report: IdleReport | None = None
         self._known_ports: dict[int, FetchPort | None] = {}
         self._fetch_ports: dict[int, FetchPort | None] = {}
-        """The senders' fetch ports, by rank, that the scheduler's half does not know yet."""
+        """The fetch ports of the senders that the scheduler's half does not know yet, by rank."""
         self._reported = False
         self._is_asked = False
         self._lock = threading.RLock()
@@ -143,7 +143,7 @@ class Worker:
 
     def begin(self, metadata: StepMetadata) -> None:
         """Runs before the forward: hands the step to each connection."""
-        # An engine that keeps KV does not step while a decode side fetches it, so the poller's thread gathers the KV.
+        # While a decode side fetches kept KV, the engine may run no step. So the poller's thread gathers the KV.
         keeps = any(start.token for start in metadata.push_starts)
         if (self._is_asynchronous or keeps) and self._poller is None:
             # Start the thread only in the first step: before it, the engine may be capturing graphs.

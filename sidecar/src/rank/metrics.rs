@@ -243,8 +243,8 @@ impl RankMetrics {
             .inc();
     }
 
-    /// Counts an answer to a decode side that its token gives no KV. A rising `not_kept` means that a process uses
-    /// old tokens, or guesses.
+    /// Counts an answer to a decode side that cannot get the KV of its token. If the count of `not_kept` rises,
+    /// a process uses old tokens or guesses tokens.
     pub(crate) fn fetch_refused(&self, rank: u32, reason: Reason) {
         let reason = reason.as_str();
         self.fetches_refused

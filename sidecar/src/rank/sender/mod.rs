@@ -41,9 +41,10 @@ pub(crate) struct SenderTask {
     engines: Engines,
     machine: Option<Sender>,
     peers: Peers,
-    /// The port at which decode sides fetch kept KV; `None` if this sidecar keeps none.
+    /// The port at which decode sides fetch kept KV; `None` if there is no fetch port.
     fetch: Option<FetchPort>,
-    /// The machine's number of changes of its kept KV when the observer took it last.
+    /// The machine's counter of changes of its kept KV at the time when the observer last got the kept
+    /// requests.
     kept_changes: u64,
     buffer: Arc<Buffer>,
     writes: JoinSet<Wrote>,
