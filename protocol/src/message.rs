@@ -182,7 +182,7 @@ pub enum ToReceiver {
 pub enum ToSender {
     /// Answers [`ToReceiver::AllocRequest`] and [`ToReceiver::CancelNotif`].
     AllocResponse(AllocResponse),
-    /// Grants further slots of a lease.
+    /// Grants further slots under a lease.
     More(More),
     /// Acknowledges that the receiver has recorded these chunks as written.
     Ack(Ack),
@@ -281,8 +281,8 @@ pub struct AllocX {
 /// Fields of `AllocResponse`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocResponse {
-    /// One slot for each key that is not in `already_sent_indexes`; −1 if the key has no slot
-    /// (yet).
+    /// One slot for each key that is not in `already_sent_indexes`; −1 if the key gets no slot, or
+    /// gets its slot later.
     pub remote_indexes: Vec<i64>,
     /// Positions in [`AllocRequest::keys`] that need no transfer.
     pub already_sent_indexes: Vec<u32>,
