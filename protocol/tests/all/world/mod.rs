@@ -107,7 +107,7 @@ enum Happening {
     ToReceiver(receiver::Event, u64),
     FromReceiver(u64, protocol::message::ToSender),
     FromSender(u64, protocol::message::ToReceiver),
-    /// A message on the fetch port of whichever sender listens there.
+    /// A message to the fetch port. The sender that listens there when the message arrives gets it.
     ToKeeper(sender::Event),
     LinkMade(u64),
     Land(wire::Landing),

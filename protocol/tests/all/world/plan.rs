@@ -42,13 +42,14 @@ pub(crate) struct RequestPlan {
     /// Percentage of the tokens that the decode side already has.
     pub(crate) have: u8,
     pub(crate) overlap: bool,
-    /// True if the prefill request names no receiver. The decode request then comes after the answer
-    /// (and the delay of `park`), and waits in a queue.
+    /// True if the prefill request names no receiver. The decode request then comes after the
+    /// prefill request's answer and the delay of `park`, and waits in a queue.
     pub(crate) kept: bool,
-    /// Milliseconds in the queue of the decode engine.
+    /// Milliseconds for which a kept request's decode request waits in the queue of the decode
+    /// engine.
     pub(crate) queue_ms: u16,
-    /// Milliseconds after which the router sends a kept request's decode request again under another
-    /// id; absent if it does not.
+    /// Milliseconds after which the router sends a kept request's decode request again under
+    /// another id; absent if the router sends it only once.
     pub(crate) twice_ms: Option<u16>,
     /// Number of tokens that the prefill engine computes in a step.
     pub(crate) step: u32,
