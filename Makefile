@@ -81,7 +81,7 @@ unit: venv ## Run the tests without engines: Rust (with the environment's NIXL a
 	PD_TEST_ETCD=$$(test -x $(ETCD) && echo $(abspath $(ETCD))) PD_TEST_REDIS=$$(test -x $(REDIS) && echo $(abspath $(REDIS))) \
 		VIRTUAL_ENV=$(abspath $(VENV)) PD_REQUIRE_NIXL=1 $(LIBCLANG) \
 		$(NEXTEST) --workspace
-	cd python && $(PYTHON_IN_VENV) -m pytest -q $(PYTEST)
+	cd python && $(PYTHON_IN_VENV) -m pytest -q -n 2 $(PYTEST)
 
 e2e: processes engines ## Run all tests with real processes
 

@@ -76,7 +76,7 @@ def test_a_sidecar_of_another_user_is_told_nothing(tmp_path):
     folder = tmp_path / "sticky"
     folder.mkdir()
     folder.chmod(0o1777)
-    for parent in [tmp_path, *tmp_path.parents][:3]:
+    for parent in [tmp_path, *tmp_path.parents][:4]:
         parent.chmod(parent.stat().st_mode | 0o011)
     path = str(folder / "sender.sock")
     stranger = subprocess.Popen([sys.executable, "-c", STRANGER, path], stdout=subprocess.PIPE, text=True)

@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 from harness.client import HttpError, Stream, post_json
-from harness.engine import Engine
 from harness.model import KV_BYTES_PER_TOKEN, write_lora
 from harness.pair import Pair, check_tokens
 from harness.prompts import prompt
 from harness.reference import Reference
 from harness.sidecar import ROOT
-
-
-def skipped(engine: Engine) -> dict[str, float]:
-    """Returns the number of requests that the engine's connector did not transfer, by reason."""
-    return engine.metrics().by("vllm:pd_sidecar_skipped", "reason")
 
 
 def body(tokens: list[int] | list[list[int]], **more: Any) -> dict[str, Any]:
@@ -98,12 +92,12 @@ def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: s
     """
     tokens = prompt(600, seed=56)
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
-    before = skipped(pair.decode)
+    before = pair.decode.skipped()
     params = {"do_remote_prefill": True, "disagg_spec": {"req_id": f"nobody-{reason}"}}
     request = body(tokens, **more)
     ours = post_json(f"{pair.decode.url}/v1/completions", {**request, "kv_transfer_params": params})
     assert token_ids(ours) == token_ids(reference.post("/v1/completions", request))
-    assert skipped(pair.decode).get(reason, 0) == before.get(reason, 0) + 1
+    assert pair.decode.skipped().get(reason, 0) == before.get(reason, 0) + 1
 
 
 def until_moved(pair: Pair, model: str, seed: int) -> None:

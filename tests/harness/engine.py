@@ -70,6 +70,8 @@ class Engine(Part):
             "--dtype", "float32", "--enforce-eager",
             "--max-model-len", "2048", "--max-num-seqs", "16",
             "--block-size", str(options.block_size),
+            # Otherwise a start computes the largest image, to know how much memory an image needs.
+            "--skip-mm-profiling",
         ]  # fmt: skip
         if options.batched_tokens is not None:
             command += ["--max-num-batched-tokens", str(options.batched_tokens)]
@@ -101,6 +103,7 @@ class Engine(Part):
         if options.forked:
             path = [str(Path(__file__).with_name("forked")), options.env.get("PYTHONPATH", "")]
             env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+            env["PD_TEST_WORKERS"] = str(options.workers)
         log = self._logs / f"{options.name.replace(' ', '-')}.log"
         self.process = Process(options.name, command, log, env)
 
@@ -115,6 +118,10 @@ class Engine(Part):
 
     def prompt_tokens(self) -> PromptTokens:
         return PromptTokens.of(self.metrics())
+
+    def skipped(self) -> dict[str, float]:
+        """Returns the number of requests that the engine's connector did not transfer, by reason."""
+        return self.metrics().by("vllm:pd_sidecar_skipped", "reason")
 
     def requests(self) -> int:
         """Returns the number of running and waiting requests."""

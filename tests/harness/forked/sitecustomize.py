@@ -12,12 +12,14 @@ from multiprocessing.context import BaseContext
 
 _get_context = multiprocessing.get_context
 _api_server = os.getpid()
+_has_one_worker = os.environ.get("PD_TEST_WORKERS") == "1"
 
 
 def _forking(method: str | None = None) -> BaseContext:
-    # The engine process has threads when it starts the workers of a tensor-parallel engine. A fork could find one of
-    # their locks taken and wait for ever, so these workers are new interpreters.
-    return _get_context("fork" if method == "spawn" and os.getpid() == _api_server else method)
+    # The engine process has threads when it starts several tensor-parallel workers. A fork could find a lock of these
+    # threads taken and wait for ever, so the workers are new interpreters.
+    forks = _has_one_worker or os.getpid() == _api_server
+    return _get_context("fork" if method == "spawn" and forks else method)
 
 
 multiprocessing.get_context = _forking  # type: ignore[assignment]
