@@ -61,12 +61,12 @@ test: prepare lint unit e2e ## Run all checks: lint, unit tests, tests with real
 # Without the tests of the Triton kernel: its interpreter takes most of the time of the Python unit tests. The other Python
 # tests and the Rust checks use one core each.
 quick: venv ## Run the checks that take half a minute: format, clippy, the protocol's tests and the Python unit tests
-	$(CARGO) fmt --all --check
-	$(PYTHON_IN_VENV) -m ruff check
-	$(PYTHON_IN_VENV) -m ruff format --check
 	@(cd python && $(PYTHON_IN_VENV) -m pytest -q --ignore tests/test_triton_copy.py $(PYTEST)) & tests=$$!; \
+	$(CARGO) fmt --all --check && \
+	$(PYTHON_IN_VENV) -m ruff check --quiet && \
+	$(PYTHON_IN_VENV) -m ruff format --check --quiet && \
 	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings && \
-	$(NEXTEST) -p pd-protocol --cargo-quiet --status-level fail; checked=$$?; \
+	$(NEXTEST) -p pd-protocol --cargo-quiet --status-level fail --test-threads 1; checked=$$?; \
 	wait $$tests && exit $$checked
 
 # The environments need the network and the disk, the build needs the cores: both run at the same time.
