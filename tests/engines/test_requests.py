@@ -243,14 +243,19 @@ def test_a_list_with_one_wrong_prompt_is_refused(pair: Pair, reference: Referenc
     assert (ours.value.status, ours.value.body) == (plain.value.status, plain.value.body)
 
 
-@pytest.mark.parametrize("events", [0, 1, 20])
-def test_client_of_a_list_leaves(pair: Pair, reference: Reference, events: int) -> None:
-    prompts = [prompt(length, seed=680 + events) for length in (900, 300, 600)]
-    with Stream(f"{pair.proxy.url}/v1/completions", body(prompts, stream=True, max_tokens=200)) as stream:
+def leave(pair: Pair, request: dict[str, Any], events: int) -> None:
+    """Sends a streamed request, and ends the connection after this number of events. Returns when nothing is held."""
+    with Stream(f"{pair.proxy.url}/v1/completions", request) as stream:
         for count, _ in enumerate(stream, 1):
             if count >= events:
                 break
     pair.wait_empty(10.0)
+
+
+@pytest.mark.parametrize("events", [0, 1, 20])
+def test_client_of_a_list_leaves(pair: Pair, reference: Reference, events: int) -> None:
+    prompts = [prompt(length, seed=680 + events) for length in (900, 300, 600)]
+    leave(pair, body(prompts, stream=True, max_tokens=200), events)
     tokens = prompt(600, seed=690 + events)
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
 
@@ -258,11 +263,7 @@ def test_client_of_a_list_leaves(pair: Pair, reference: Reference, events: int) 
 @pytest.mark.parametrize("events", [0, 1, 20])
 def test_client_of_several_sequences_leaves(pair: Pair, reference: Reference, events: int) -> None:
     request = body(prompt(900, seed=660 + events), n=SEQUENCES, stream=True, max_tokens=200, temperature=1.0)
-    with Stream(f"{pair.proxy.url}/v1/completions", request) as stream:
-        for count, _ in enumerate(stream, 1):
-            if count >= events:
-                break
-    pair.wait_empty(10.0)
+    leave(pair, request, events)
     tokens = prompt(600, seed=67 + events)
     pair.move(tokens).check(reference.token_ids(tokens), len(tokens))
 

@@ -1,21 +1,8 @@
 //! Tests kept KV over bad networks: the decode side fetches the KV that the prefill engine keeps.
 //! [`world`] lists the checks of each run. The property test of `simulated` also has kept requests.
 
-use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
+use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, plan, run};
 use protocol::Reason;
-
-fn plan(requests: Vec<RequestPlan>) -> Plan {
-    Plan {
-        seed: 1,
-        send_slots: 8,
-        land_slots: 8,
-        guarded: false,
-        net: NetPlan::default(),
-        requests,
-        again_ms: None,
-        faults: Vec::new(),
-    }
-}
 
 fn kept_requests(n: usize) -> Vec<RequestPlan> {
     (0..n)

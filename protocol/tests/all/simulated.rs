@@ -1,22 +1,9 @@
 //! Named scenarios of a pair of sidecars over bad networks. The documentation of [`world`] lists
 //! the checks that each scenario makes.
 
-use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, run};
+use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, plan, run};
 use proptest::prelude::*;
 use protocol::Reason;
-
-fn plan(requests: Vec<RequestPlan>) -> Plan {
-    Plan {
-        seed: 1,
-        send_slots: 8,
-        land_slots: 8,
-        guarded: false,
-        net: NetPlan::default(),
-        requests,
-        again_ms: None,
-        faults: Vec::new(),
-    }
-}
 
 fn some_requests(n: usize) -> Vec<RequestPlan> {
     (0..n)

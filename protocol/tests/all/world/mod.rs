@@ -35,7 +35,7 @@ use crate::setup::{self, CHUNK, target};
 use engines::{DecodeEngine, PrefillEngine};
 pub(crate) use kept::keeper;
 use net::Net;
-pub(crate) use plan::{Fault, NetPlan, Park, Plan, RequestPlan, plans};
+pub(crate) use plan::{Fault, NetPlan, Park, Plan, RequestPlan, plan, plans};
 use wire::Wire;
 
 const MS: u64 = 1000;

@@ -20,6 +20,20 @@ pub(crate) struct Plan {
     pub(crate) faults: Vec<(u16, Fault)>,
 }
 
+/// Returns a plan without faults, with eight slots on each side.
+pub(crate) fn plan(requests: Vec<RequestPlan>) -> Plan {
+    Plan {
+        seed: 1,
+        send_slots: 8,
+        land_slots: 8,
+        guarded: false,
+        net: NetPlan::default(),
+        requests,
+        again_ms: None,
+        faults: Vec::new(),
+    }
+}
+
 /// Faults of control messages.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct NetPlan {

@@ -108,20 +108,7 @@ pub(super) fn listen(
             "give the init, alloc and query ports, sidecar.tcp_port and sidecar.admin different ports",
         );
     }
-    // Senders cannot connect to a wildcard address, so the user must then name another host.
-    let advertise = match &sidecar.advertise_host {
-        Some(host) => host.value.0.clone(),
-        None if is_wildcard(&host) => {
-            layers.wrong(
-                "pd_peer_host",
-                lmcache.pd_peer_host.as_ref()?,
-                "senders cannot connect to a wildcard address",
-                "write the address of one interface, or set sidecar.advertise_host",
-            );
-            return None;
-        }
-        None => host.clone(),
-    };
+    let advertise = advertised(layers, lmcache, sidecar, &host, "senders")?;
     Some(Listen {
         host,
         advertise,
@@ -153,19 +140,7 @@ pub(super) fn fetch(
             0
         }
     };
-    let advertise = match &sidecar.advertise_host {
-        Some(host) => host.value.0.clone(),
-        None if is_wildcard(&host) => {
-            layers.wrong(
-                "pd_peer_host",
-                lmcache.pd_peer_host.as_ref()?,
-                "decode sides cannot connect to a wildcard address",
-                "write the address of one interface, or set sidecar.advertise_host",
-            );
-            return None;
-        }
-        None => host.clone(),
-    };
+    let advertise = advertised(layers, lmcache, sidecar, &host, "decode sides")?;
     Some(FetchListen {
         host,
         advertise,
@@ -242,3 +217,27 @@ pub(super) fn exposed(
 const UNAUTHENTICATED: &str = "it listens beyond this machine, and peers are not authenticated yet";
 const ALLOW: &str = "use 127.0.0.1, or accept this in a trusted network: --insecure, \
                      PD_SIDECAR_INSECURE=true or sidecar.insecure: true";
+
+/// Returns the host at which `peers` reach this sidecar's ports. Peers cannot connect to a wildcard address, so the user
+/// must then name another host; `None` if the user does not.
+fn advertised(
+    layers: &mut Layers,
+    lmcache: &Lmcache,
+    sidecar: &Sidecar,
+    host: &str,
+    peers: &str,
+) -> Option<String> {
+    if let Some(advertised) = &sidecar.advertise_host {
+        return Some(advertised.value.0.clone());
+    }
+    if !is_wildcard(host) {
+        return Some(host.to_owned());
+    }
+    layers.wrong(
+        "pd_peer_host",
+        lmcache.pd_peer_host.as_ref()?,
+        format!("{peers} cannot connect to a wildcard address"),
+        "write the address of one interface, or set sidecar.advertise_host",
+    );
+    None
+}
