@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -31,25 +32,24 @@ def main() -> int:
     shutil.rmtree(LOGS, ignore_errors=True)
     figures, progress = Figures(), Progress()
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="pd-bench-") as folder:
-        if "pushes" in wanted:
-            progress.say("pushes of 64 and 512 MiB")
-            pushes.measure(figures, Path(folder), LOGS)
-        if "handshakes" in wanted:
-            progress.say("handshakes and single chunks")
-            handshakes.measure(figures, Path(folder), LOGS)
-        if "engines" in wanted:
-            progress.say("four engines")
-            engines.measure(figures, LOGS)
-        if "ways" in wanted:
-            progress.say("ways to hand a request over")
-            ways.measure(figures, LOGS)
-        if "proxies" in wanted:
-            progress.say("routers in front of engines that answer at once")
-            proxies.measure(figures, Path(folder), LOGS)
-        if "crowd" in wanted:
-            progress.say("2,000 streams for a minute")
-            crowd.measure(figures, LOGS)
-    figures.write(ROOT / "target")
+        groups: list[tuple[str, str, Callable[[], None]]] = [
+            ("pushes", "pushes of 64 and 512 MiB", lambda: pushes.measure(figures, Path(folder), LOGS)),
+            ("handshakes", "handshakes and single chunks", lambda: handshakes.measure(figures, Path(folder), LOGS)),
+            ("engines", "four engines", lambda: engines.measure(figures, LOGS)),
+            ("ways", "ways to hand a request over", lambda: ways.measure(figures, LOGS)),
+            (
+                "proxies",
+                "routers in front of engines that answer at once",
+                lambda: proxies.measure(figures, Path(folder), LOGS),
+            ),
+            ("crowd", "2,000 streams for a minute", lambda: crowd.measure(figures, LOGS)),
+        ]
+        for name, what, measure in groups:
+            if name in wanted:
+                progress.say(what)
+                measure()
+                # A run that is stopped, or that fails later, keeps the figures that it has.
+                figures.write(ROOT / "target")
     print(figures.table())
     print(f"written: {ROOT / 'target' / 'bench.json'}")
     return 0
