@@ -41,7 +41,7 @@ pub enum StoreError {
     Unexpected {
         /// The kind and address of the server.
         server: String,
-        /// Status of the answer, or the wrong part of the answer.
+        /// Status of the answer, or the part of the answer that is not valid.
         what: String,
     },
 }

@@ -41,7 +41,10 @@ HELD = 256
 
 
 def found(part: Part, line: str, request_id: str, bound_s: float = 5.0) -> dict[str, float]:
-    """Returns the numbers of a line about a request, by name. The numbers of `..` have the names `size`, `ms`, ..."""
+    """Returns the numbers in a log line about a request, each under its name.
+
+    The numbers of `..` have the names `size`, `ms`, ...
+    """
     names = iter(("size", "ms", "rate", "gather") if "size: .." in line else ("ms", "rate"))
     expression = "".join(
         re.escape(piece) if index % 2 == 0

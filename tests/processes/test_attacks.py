@@ -36,7 +36,7 @@ from pd_sidecar.client import Client
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
-# Only this file uses these addresses, because the tests of two hosts may run at the same time.
+# No other file may use these addresses, because several tests that simulate two hosts may run at the same time.
 OUR_END, ITS_END = "10.213.8.1", "10.213.8.2"
 
 SLOTS = 16

@@ -419,6 +419,6 @@ const MISMATCH: Duration = Duration::from_secs(1);
 /// Minimum duration of a lease, even if its sender asks for less. Without a minimum, a lease could
 /// end at once, and its open slots would be quarantined.
 const MIN_LEASE: Duration = Duration::from_secs(1);
-/// `retry_ms` in temporary refusals: about the time in which a busy buffer uses each of its slots
-/// once.
+/// `retry_ms` in temporary refusals: about the time until a busy buffer has granted and freed each of its
+/// slots once.
 const RETRY_MS: u32 = 100;

@@ -101,7 +101,7 @@ impl RequestBody {
         }
     }
 
-    /// Finds the fields of a body in the body's text `read`.
+    /// Finds the fields of a body. `read` is the body's text, in which the fields are found.
     fn found(source: Bytes, read: Bytes) -> Result<Self, BadBody> {
         let Fields(found) = serde_json::from_slice(&read)?;
         let start = read.as_ptr() as usize;

@@ -86,8 +86,8 @@ const PREFIX_FIELDS: [&str; 6] = [
     "instructions",
 ];
 
-/// Size of a block in bytes. A block is so small that the end of a short question lies in another block than
-/// the end of the text before the question.
+/// Size of a block in bytes. A block is small, so that even a short question at the end of a prompt begins a
+/// new block.
 pub(crate) const BLOCK_BYTES: usize = 64;
 
 /// Maximum number of blocks that are hashed: 4 MiB of text, about a million tokens.

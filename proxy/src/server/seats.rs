@@ -49,7 +49,7 @@ pub(crate) struct Seat {
     /// True if all other places were busy. The connection then belongs to the reserve, which serves health,
     /// metrics and admin endpoints, but no `/v1/` requests.
     pub is_reserve: bool,
-    /// True if an idle connection was asked to leave for this connection.
+    /// True if an idle connection was asked to close, to make room for this connection.
     pub displaces: bool,
 }
 

@@ -25,8 +25,8 @@ pub(super) struct Memfd {
 // only `drop` unmaps it. Only system calls, volatile reads and the transport libraries use the address.
 unsafe impl Send for Memfd {}
 // SAFETY: as above.
-// All methods take `&self`. If two calls access the same bytes at the same time, the kernel makes the copies
-// and not Rust code.
+// All methods take `&self`. Two calls may access the same bytes at the same time, because the kernel makes all
+// copies, not Rust code.
 unsafe impl Sync for Memfd {}
 
 impl Memfd {

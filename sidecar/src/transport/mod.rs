@@ -101,8 +101,8 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn reaches(&self, _advert: &Advert, _same_host: bool) -> Result<(), String> {
         Ok(())
     }
-    /// Sender: returns the reason why any other wire to this receiver is better; `None` if this wire is a
-    /// normal choice.
+    /// Sender: returns the reason to use this wire only if no other wire reaches the receiver; `None` if this
+    /// wire is a normal choice.
     fn poor(&self, _same_host: bool) -> Option<String> {
         None
     }

@@ -103,8 +103,8 @@ impl Stream {
         &self.device
     }
 
-    /// Queues a copy between two GPU memories. The caller must keep both memories allocated until an event
-    /// that was recorded after the copy has fired.
+    /// Queues a copy between two GPU memories. The caller records an event after the copy, and keeps both
+    /// memories allocated until this event has fired.
     ///
     /// # Errors
     /// A range lies outside of its memory, or the driver returns an error.

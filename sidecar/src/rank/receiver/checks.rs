@@ -182,8 +182,8 @@ mod tests {
         chunks.iter().map(of).collect()
     }
 
-    /// Checks that a chunk in a repeated message is not summed again, and that the results come in order,
-    /// before the end of their connection.
+    /// Checks that a repeated message does not cause a second checksum of a chunk. Also checks that the results
+    /// come in order, and before the event that ends the connection.
     #[tokio::test]
     async fn a_chunk_is_summed_once_however_often_it_is_said() {
         let buffer = Buffer::memfd("checks", 4 * BYTES).unwrap();

@@ -323,9 +323,9 @@ impl Reader {
 /// Maximum bytes of one copy while the gate is locked. With this limit, a call of `SlotGates::close` waits for
 /// at most about 0.1 ms.
 const COPY_BYTES: usize = 512 << 10;
-/// Minimum number of bytes for which the kernel wakes the thread. With 512 MiB in pieces of 16 MiB over 2
-/// connections, the rate is 4.1 GB/s if one byte wakes the thread, 4.5 GB/s with 256 KiB, and 6.2 GB/s with
-/// this size (measured with copies of the same size).
+/// Minimum number of bytes for which the kernel wakes the thread. With a minimum of one byte the rate is
+/// 4.1 GB/s, with 256 KiB 4.5 GB/s, and with this size 6.2 GB/s. These rates are for 512 MiB in pieces of
+/// 16 MiB over 2 connections, with copies of the same size as the minimum.
 const WAKE_BYTES: usize = 512 << 10;
 const SCRATCH_BYTES: usize = 64 << 10;
 /// The time that a refused peer has to read the reason.
