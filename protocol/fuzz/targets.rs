@@ -186,7 +186,7 @@ impl Pair {
             Ok(ToSidecar::Abort(m)) => {
                 return self.d.handle(now, receiver::Event::Abort(engine, m));
             }
-            Ok(ToSidecar::Hello(_)) | Err(_) => return,
+            Ok(ToSidecar::Hello(_) | ToSidecar::Drain(_)) | Err(_) => return,
         };
         self.p.handle(now, event);
     }

@@ -107,8 +107,8 @@ messages! {
     ToReceiver { AllocRequest, CancelNotif, Writing, Written, Extend }
     ToSender { AllocResponse, More, Ack, Unwanted }
     ToProxy { Register, Leave, Progress, ProxyNotif }
-    ToSidecar { Hello, Reserve, Keep, Computing, Staged, Cancel, Expect, Await, Release, Abort }
-    ToEngine { Welcome, Refused, Granted, Ready, Ended }
+    ToSidecar { Hello, Reserve, Keep, Computing, Staged, Cancel, Expect, Await, Release, Abort, Drain }
+    ToEngine { Welcome, Refused, Granted, Ready, Ended, Drained }
 }
 
 fn of_type<'de, T: Deserialize<'de>>(

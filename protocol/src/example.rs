@@ -8,8 +8,8 @@ use crate::Layout;
 use crate::codec;
 use crate::keep::{Fetch, Gone, OfToken, ToFetcher, ToKeeper};
 use crate::local::{
-    Await, Computing, EngineHello, Expect, Granted, Keep, Ready, Release, Reserve, Staged,
-    ToEngine, ToSidecar, Welcome,
+    Await, Computing, Drain, Drained, EngineHello, Expect, Granted, Keep, Ready, Release, Reserve,
+    Staged, ToEngine, ToSidecar, Welcome,
 };
 use crate::message::{
     Ack, AllocRequest, AllocResponse, AllocResponseX, AllocX, CancelNotif, CancelX, Extend, Hello,
@@ -62,6 +62,8 @@ examples! {
     "welcome": ToEngine::Welcome(Welcome),
     "granted": ToEngine::Granted(Granted),
     "ready": ToEngine::Ready(Ready),
+    "drain": ToSidecar::Drain(Drain),
+    "drained": ToEngine::Drained(Drained),
     "register": ToProxy::Register(Register),
     "progress": ToProxy::Progress(Progress),
     "proxy_notif": ToProxy::ProxyNotif(ProxyNotif),

@@ -40,6 +40,9 @@ pub enum ToSidecar {
     Release(Release),
     /// Decode: aborts the request. The engine reads no slot of the request after this message.
     Abort(OfRequest),
+    /// Instead of [`ToSidecar::Hello`]: an operator wants to stop the prefill engine. The sidecar
+    /// takes no new KV of prefill engines, and answers with [`ToEngine::Drained`].
+    Drain(Drain),
 }
 
 /// Messages from a sidecar to an engine.
@@ -57,6 +60,8 @@ pub enum ToEngine {
     Ready(Ready),
     /// The request has ended on this connection; no further message about it follows.
     Ended(Ended),
+    /// The answer to [`ToSidecar::Drain`]. The sidecar then closes the connection.
+    Drained(Drained),
 }
 
 /// Fields of the engine's `Hello`.
@@ -342,4 +347,18 @@ pub struct Ended {
     pub reason: Option<Reason>,
     /// Number of bytes moved.
     pub bytes: u64,
+}
+
+/// Fields of `Drain`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {
+    /// True: the sidecar answers when it keeps no KV any more. False: the sidecar answers at once.
+    pub until_fetched: bool,
+}
+
+/// Fields of `Drained`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drained {
+    /// Number of requests with KV that decode sides may still fetch, or that they are fetching.
+    pub kept: u32,
 }

@@ -1,11 +1,14 @@
 //! Flags and subcommands, and the help that explains them and the exit codes.
 
+mod drain;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand};
 
+pub(crate) use self::drain::Drain;
 use crate::config::{Config, Devices, Inputs, Report};
 use crate::exit::Exit;
 use crate::transport::table::{self, Choice, FLAG_CHOICES};
@@ -41,6 +44,9 @@ pub(crate) enum Command {
     CheckConfig(CheckConfig),
     /// Moves random chunks between a sender and a receiver in this process, checks them, and prints the speed.
     Selftest(Selftest),
+    /// Makes a running sidecar take no new KV, for a prefill instance that is to be stopped. Decode sides can still
+    /// fetch the KV that the engine keeps.
+    Drain(Drain),
 }
 
 /// Flags of a run.
@@ -142,7 +148,8 @@ pub(crate) struct Overrides {
     /// Format of log lines.
     #[arg(long, value_name = "text|json")]
     log_format: Option<String>,
-    /// Longest time that the sidecar waits for requests to end after SIGTERM.
+    /// Longest time that the sidecar waits for requests to end after SIGTERM. For KV that decode sides may still fetch,
+    /// sidecar.max_keep_ms is the limit.
     #[arg(long, value_name = "MS")]
     drain_timeout: Option<String>,
     /// File to which the sidecar writes the events and actions of the protocol machines, to replay them.
@@ -299,6 +306,8 @@ Examples:
     sidecar check-config configs/lmcache-decoder-config.yaml --buffer-size 1GiB
   Test that this machine moves bytes:
     sidecar selftest --seconds 3
+  Before a prefill engine is stopped, wait until decode sides have fetched the KV that it keeps:
+    sidecar drain --until-fetched
 
 Precedence:
   A flag wins over an environment variable, a variable over the file, the file over the default.
@@ -311,7 +320,7 @@ Exit codes:
   64  the command line or the configuration is wrong; every mistake is printed
   69  a port, a socket, memory or a required transport is not available
   70  a bug; please report it with the log
-  75  requests were still under way when --drain-timeout passed";
+  75  requests were still under way when --drain-timeout passed, or KV was not fetched in time";
 
 #[cfg(test)]
 mod tests;

@@ -89,7 +89,11 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
         services.spawn(registration.run(leave.clone(), gone.clone()));
     }
     // The first signal starts the drain; a second signal ends the process even if requests are in flight.
-    let drain = node.drain_token();
+    let drain = node.drain();
+    let leaving = || {
+        status.draining();
+        leave.cancel();
+    };
     let running = node.run();
     tokio::pin!(running);
     let ended = loop {
@@ -97,14 +101,17 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
             biased;
             ended = &mut running => break ended,
             name = signals.next() => {
-                if drain.is_cancelled() {
+                if drain.is_ending() {
                     warn!(signal = name, "stopping at once");
                     break Ended::Busy;
                 }
                 info!(signal = name, grace = ?config.times.drain, "draining; a second signal stops at once");
-                status.draining();
-                leave.cancel();
-                drain.cancel();
+                leaving();
+                drain.end();
+            }
+            () = drain.begins(), if !leave.is_cancelled() => {
+                info!("a command asks for the drain: prefill engines can keep and push no new KV");
+                leaving();
             }
         }
     };

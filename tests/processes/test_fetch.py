@@ -6,6 +6,8 @@ A client at each sidecar takes the place of an engine, and the test takes the pl
 from __future__ import annotations
 
 import secrets
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,8 +16,9 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from harness.client import call
 from harness.ports import free_port
-from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+from harness.sidecar import BINARIES, CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
 
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import Ended, Granted, Hello, Keeper, Layout, Ready
@@ -107,7 +110,8 @@ def hello(role: str) -> Hello:
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
     receiver = Sidecar(SidecarOptions("receiver", 16 * LAYOUT.chunk_bytes, transport="tcp"), tmp_path, tmp_path)
-    options = replace(receiver.options, role="sender", keys={"fetch_port": free_port()})
+    # With this `drain_timeout_ms` only kept KV can delay the end of the sender.
+    options = replace(receiver.options, role="sender", keys={"fetch_port": free_port(), "drain_timeout_ms": 100})
     sender = Sidecar(options, tmp_path, tmp_path)
     try:
         receiver.start()
@@ -229,3 +233,70 @@ def test_a_stranger_learns_nothing_and_connects_the_sidecar_to_nothing(pair: Pai
     assert not listener.poll(500)
     stranger.close()
     listener.close(linger=0)
+
+
+def test_a_sender_ends_when_its_kept_kv_is_fetched(pair: Pair) -> None:
+    kept, token = pair.keep()
+    req = pair.expect(token)
+    process = pair.sender.process
+    assert process is not None
+    process.signal(signal.SIGTERM)
+    wait_for(lambda: is_draining(pair.sender))
+    late, _ = pair.keep()
+    assert pair.ends(late) == {late: "draining"}
+    pair.park(req)
+    assert pair.ends(kept, req) == {kept: None, req: None}
+    assert process.wait(5.0) == 0, process.tail()
+    assert pair.receiver.record(req)["bytes"] == TOKENS * TOKEN_BYTES
+
+
+def test_a_sender_does_not_wait_for_kv_that_expires(pair: Pair) -> None:
+    kept, _ = pair.keep(keep_ms=1500)
+    process = pair.sender.process
+    assert process is not None
+    process.signal(signal.SIGTERM)
+    assert pair.ends(kept) == {kept: "unclaimed"}
+    assert process.wait(5.0) == 0, process.tail()
+
+
+def test_a_second_signal_ends_a_sender_that_keeps_kv(pair: Pair) -> None:
+    pair.keep()
+    process = pair.sender.process
+    assert process is not None
+    wait_for(lambda: len(pair.sender.kept()) == 1)
+    process.signal(signal.SIGTERM)
+    wait_for(lambda: is_draining(pair.sender))
+    process.signal(signal.SIGTERM)
+    assert process.wait(5.0) == 75, process.tail()
+
+
+def test_the_drain_command_waits_until_kept_kv_is_fetched(pair: Pair) -> None:
+    kept, token = pair.keep()
+    req = pair.expect(token)
+    assert drain(pair.sender).returncode == 0
+    assert is_draining(pair.sender)
+    late = drain(pair.sender, "--until-fetched", "--timeout", "1")
+    assert (late.returncode, "not fetched all KV within 1 s" in late.stderr) == (75, True), late
+    command = subprocess.Popen(drain_command(pair.sender, "--until-fetched"), stdout=subprocess.PIPE, text=True)
+    refused, _ = pair.keep()
+    assert pair.ends(refused) == {refused: "draining"}
+    assert command.poll() is None
+    pair.park(req)
+    assert pair.ends(kept, req) == {kept: None, req: None}
+    output, _ = command.communicate(timeout=BOUND_S)
+    assert command.returncode == 0
+    assert "no KV is kept" in output
+    # The sidecar still runs, because the engine needs it for answers about requests that were routed before.
+    assert pair.sender.record(req)["bytes"] == TOKENS * TOKEN_BYTES
+
+
+def is_draining(sidecar: Sidecar) -> bool:
+    return "draining" in call(f"{sidecar.admin}/ready")[1]
+
+
+def drain(sidecar: Sidecar, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(drain_command(sidecar, *flags), capture_output=True, text=True, timeout=BOUND_S, check=False)
+
+
+def drain_command(sidecar: Sidecar, *flags: str) -> list[str]:
+    return [str(BINARIES / "sidecar"), "drain", "--socket", str(sidecar.socket), *flags]

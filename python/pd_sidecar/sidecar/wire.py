@@ -195,6 +195,14 @@ class Abort(_Message):
     req: str
 
 
+class Drain(_Message):
+    """Instead of `Hello`: the sidecar takes no new KV of prefill engines, and answers `Drained`. An operator's command
+    sends this message, not an engine.
+    """
+
+    until_fetched: bool
+
+
 class CudaMemory(msgspec.Struct, frozen=True):
     """A buffer in GPU memory, with the handle by which another process opens it."""
 
@@ -253,14 +261,20 @@ class Ended(_Message):
     bytes: int = 0
 
 
+class Drained(_Message):
+    """The answer to `Drain`, with the number of requests with KV that decode sides may still fetch."""
+
+    kept: int
+
+
 def _line(text: str) -> str:
     """Returns the text in the form that a message allows: without control characters, and of bounded length."""
     printable = "".join(" " if category(c) in ("Cc", "Cs") else c for c in text)
     return printable[:MAX_REASON_CHARACTERS] or "no reason given"
 
 
-ToSidecar = Union[Hello, Reserve, Keep, Computing, Staged, Cancel, Expect, Await, Release, Abort]  # noqa: UP007
-ToEngine = Union[Welcome, Refused, Granted, Ready, Ended]  # noqa: UP007
+ToSidecar = Union[Hello, Reserve, Keep, Computing, Staged, Cancel, Expect, Await, Release, Abort, Drain]  # noqa: UP007
+ToEngine = Union[Welcome, Refused, Granted, Ready, Ended, Drained]  # noqa: UP007
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

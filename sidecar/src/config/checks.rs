@@ -256,12 +256,10 @@ fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -
     let runtime = inputs
         .env
         .iter()
-        .find(|(name, _)| name == "XDG_RUNTIME_DIR");
-    let path = computed(layers, "socket", given, || match runtime {
-        Some((_, directory)) if !directory.is_empty() => {
-            format!("{}/pd-sidecar/{role}.sock", directory.trim_end_matches('/'))
-        }
-        _ => format!("/tmp/pd-sidecar-{}/{role}.sock", inputs.uid),
+        .find(|(name, _)| name == "XDG_RUNTIME_DIR")
+        .map(|(_, directory)| directory.as_str());
+    let path = computed(layers, "socket", given, || {
+        format!("{}/{role}.sock", socket_folder(runtime, inputs.uid))
     });
     if let Some(given) = given {
         if !path.starts_with('/') {
@@ -277,6 +275,16 @@ fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -
         }
     }
     PathBuf::from(path)
+}
+
+/// Returns the default folder of sockets. `runtime` is the value of `XDG_RUNTIME_DIR`.
+pub(crate) fn socket_folder(runtime: Option<&str>, uid: u32) -> String {
+    match runtime {
+        Some(directory) if !directory.is_empty() => {
+            format!("{}/pd-sidecar", directory.trim_end_matches('/'))
+        }
+        _ => format!("/tmp/pd-sidecar-{uid}"),
+    }
 }
 
 fn computed<T: Value>(

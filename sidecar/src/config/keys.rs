@@ -168,7 +168,8 @@ keys! {
         /// Time between two registrations at the proxy. Registrations are the sidecar's heartbeat for the
         /// proxy.
         register_ms: Millis = Default::Value("1000");
-        /// Longest time that the sidecar waits for requests to end after SIGTERM.
+        /// Longest time that the sidecar waits for requests to end after SIGTERM. For KV that decode sides may still
+        /// fetch, `sidecar.max_keep_ms` is the limit.
         drain_timeout_ms: Millis = Default::Computed("pd_shutdown_timeout_sec, else 10000"), flag "--drain-timeout";
         /// Log level: error, warn, info, debug, trace, or directives like `info,sidecar=debug`.
         log_level: String = Default::Value("info"), flag "--log-level";

@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use discovery::Metadata;
 
+pub(crate) use self::checks::socket_folder;
 pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 #[cfg(test)]
 pub(crate) use self::reference::flags;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::{Config, Listen, RankPorts, Role};
+use crate::engine::drain::Drain;
 use crate::engine::socket::{FromEngine, Listener};
 use crate::memory::Buffer;
 use crate::peer::process_lock::ProcessLock;
@@ -42,7 +43,7 @@ pub(crate) struct Node {
     tasks: JoinSet<()>,
     /// The tasks of the engines' socket and its dispatcher. The tasks stop when the node is dropped.
     _services: JoinSet<()>,
-    drain: CancellationToken,
+    drain: Drain,
     stop: CancellationToken,
     targets: Vec<Target>,
     ports: BTreeMap<u16, String>,
@@ -75,7 +76,7 @@ impl Node {
             targets: Vec::new(),
             ports: BTreeMap::new(),
             buffers: BTreeMap::new(),
-            drain: CancellationToken::new(),
+            drain: Drain::new(),
             stop: CancellationToken::new(),
             config: Arc::clone(&config),
             process_lock: if config.sends() {
@@ -98,8 +99,8 @@ impl Node {
             }
         }
         let mut services = JoinSet::new();
-        let (listener, engines) =
-            Listener::bind(&config.socket, &mut services).map_err(anyhow::Error::from)?;
+        let (listener, engines) = Listener::bind(&config.socket, &mut services, node.drain.clone())
+            .map_err(anyhow::Error::from)?;
         info!(socket = %config.socket.display(), "waiting for the engine");
         services.spawn(dispatch(engines, node.inboxes, config.ranks, node.metrics));
         Ok(Self {
@@ -134,19 +135,28 @@ impl Node {
             .collect()
     }
 
-    /// Returns the token that starts the drain: no new requests begin, and requests in flight may end.
-    pub(crate) fn drain_token(&self) -> CancellationToken {
+    /// Returns the drain: no new requests begin, and requests in flight may end.
+    pub(crate) fn drain(&self) -> Drain {
         self.drain.clone()
     }
 
     /// Runs until every role has ended after a drain, until the drain's grace period is over, or until a role
-    /// ends by itself. Then stops all tasks.
+    /// ends by itself. Then stops all tasks. The grace period lasts until decode sides have fetched all kept KV,
+    /// at most for `max_keep`.
     pub(crate) async fn run(mut self) -> Ended {
-        let grace = self.config.times.drain;
+        let (grace, max_keep) = (self.config.times.drain, self.config.times.max_keep);
         let drain = self.drain.clone();
         let late = async {
-            drain.cancelled().await;
-            tokio::time::sleep(grace).await;
+            drain.ends().await;
+            let long = async {
+                tokio::time::sleep(grace).await;
+                drain.fetched().await;
+                // The senders end a moment after their last KV is fetched.
+                tokio::time::sleep(CLOSING).await;
+            };
+            // All KV expires within `max_keep`. This limit also holds if a fetch does not end.
+            let limit = grace.max(max_keep) + CLOSING;
+            tokio::time::timeout(limit, long).await.ok();
         };
         tokio::pin!(late);
         let ended = loop {
@@ -154,12 +164,13 @@ impl Node {
                 biased;
                 Some(task) = self.tasks.join_next() => match task {
                     Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                    _ if !self.drain.is_cancelled() => break Ended::Broken,
+                    _ if !self.drain.is_ending() => break Ended::Broken,
                     _ if self.tasks.is_empty() => break Ended::Drained,
                     _ => {}
                 },
                 () = &mut late => {
-                    warn!(?grace, "stopping with requests under way or slots in quarantine: the grace period is over");
+                    let kept = drain.unfetched();
+                    warn!(?grace, kept, "stopping with requests under way, KV that no decode side has fetched, or slots in quarantine: the grace period is over");
                     break Ended::Busy;
                 }
             }
@@ -195,7 +206,7 @@ struct Builder {
     targets: Vec<Target>,
     ports: BTreeMap<u16, String>,
     buffers: BTreeMap<(RankRole, u32), Arc<Buffer>>,
-    drain: CancellationToken,
+    drain: Drain,
     stop: CancellationToken,
     config: Arc<Config>,
     process_lock: ProcessLock,

@@ -42,10 +42,10 @@ impl Selftest {
             .target(0)
             .ok_or_else(|| anyhow::anyhow!("no receiver was started"))?;
         let content = HostContent::new(node.buffers())?;
-        let drain = node.drain_token();
+        let drain = node.drain();
         let running = tokio::spawn(node.run());
         let rounds = self.rounds(&config, to, content, seconds).await;
-        drain.cancel();
+        drain.end();
         running.await?;
         let memory = Memory::Host.to_string();
         Ok(Report::new(

@@ -105,6 +105,12 @@ impl Sender {
         })
     }
 
+    /// Returns the number of requests with KV that is kept, or that a decode side is fetching.
+    pub fn unfetched(&self) -> u32 {
+        let requests = self.store.kept.len() + self.store.fetched.len();
+        u32::try_from(requests).unwrap_or(u32::MAX)
+    }
+
     /// Returns a number that changes with each change of [`Sender::kept`].
     pub fn kept_changes(&self) -> u64 {
         self.store.changes

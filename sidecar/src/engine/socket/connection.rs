@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use protocol::EngineId;
-use protocol::local::{ToEngine, ToSidecar};
+use protocol::local::{Drained, ToEngine, ToSidecar};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::FromEngine;
 use super::frame::{self, FrameError};
+use crate::engine::drain::Drain;
 use crate::memory::{Buffer, Export};
 
 /// Longest time between the start of a connection and its hello.
@@ -109,12 +110,27 @@ enum End {
 }
 
 /// Serves one connection until it ends.
-pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender<FromEngine>) {
+pub(super) async fn serve(
+    id: EngineId,
+    stream: UnixStream,
+    events: mpsc::Sender<FromEngine>,
+    drain: Drain,
+) {
     let (mut reader, writer) = stream.into_split();
     let mut buffer = Vec::new();
     let first = tokio::time::timeout(HELLO, frame::read(&mut reader, &mut buffer)).await;
     let hello = match first {
         Ok(Ok(ToSidecar::Hello(hello))) => hello,
+        Ok(Ok(ToSidecar::Drain(asked))) => {
+            drain.begin();
+            tokio::select! {
+                biased;
+                _ = frame::read(&mut reader, &mut buffer) => {} // the command has ended
+                () = drain.fetched(), if asked.until_fetched => answer_drain(&writer, &drain).await,
+                () = std::future::ready(()), if !asked.until_fetched => answer_drain(&writer, &drain).await,
+            }
+            return;
+        }
         Ok(Ok(other)) => {
             warn!(engine = %id, ?other, "engine connection closed: its first message is not a hello");
             return;
@@ -167,6 +183,15 @@ pub(super) async fn serve(id: EngineId, stream: UnixStream, events: mpsc::Sender
     // report.
     if events.send(FromEngine::Gone(id)).await.is_err() {
         debug!(engine = %id, "shutting down");
+    }
+}
+
+/// Answers a command that asked for the drain.
+async fn answer_drain(writer: &OwnedWriteHalf, drain: &Drain) {
+    let kept = drain.unfetched();
+    let frame = frame::encode(&ToEngine::Drained(Drained { kept }));
+    if let Err(error) = write(writer, &frame).await {
+        debug!(%error, "the command that asked for the drain has ended");
     }
 }
 

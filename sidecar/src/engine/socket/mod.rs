@@ -4,6 +4,7 @@
 //! [`Connection`]. The kernel tells the sidecar which user runs the other process. The sidecar accepts only
 //! its own user and root.
 
+mod ask;
 mod connection;
 mod frame;
 mod path;
@@ -21,6 +22,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::engine::drain::Drain;
+
+pub(crate) use ask::drain;
 pub(crate) use connection::Connection;
 pub(crate) use path::make_directory;
 
@@ -76,11 +80,12 @@ impl Listener {
     pub(crate) fn bind(
         path: &Path,
         tasks: &mut JoinSet<()>,
+        drain: Drain,
     ) -> Result<(Self, mpsc::Receiver<FromEngine>), ListenError> {
         let listener = path::bind(path)?;
         let (events, receiver) = mpsc::channel(QUEUE);
         let stop = CancellationToken::new();
-        tasks.spawn(accept(listener, events, stop.clone()));
+        tasks.spawn(accept(listener, events, drain, stop.clone()));
         let path = path.to_owned();
         Ok((Self { path, stop }, receiver))
     }
@@ -95,7 +100,12 @@ impl Drop for Listener {
     }
 }
 
-async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: CancellationToken) {
+async fn accept(
+    listener: UnixListener,
+    events: mpsc::Sender<FromEngine>,
+    drain: Drain,
+    stop: CancellationToken,
+) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -127,13 +137,13 @@ async fn accept(listener: UnixListener, events: mpsc::Sender<FromEngine>, stop: 
             continue;
         };
         let id = EngineId(NEXT.fetch_add(1, Ordering::Relaxed));
-        let (events, stop) = (events.clone(), stop.clone());
+        let (events, drain, stop) = (events.clone(), drain.clone(), stop.clone());
         connections.spawn(async move {
             let _permit = permit;
             tokio::select! {
                 biased;
                 () = stop.cancelled() => {}
-                () = connection::serve(id, stream, events) => {}
+                () = connection::serve(id, stream, events, drain) => {}
             }
         });
     }

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
+use crate::engine::drain::Drain;
 use crate::engine::sessions::{Engines, SlotLayout};
 use crate::engine::socket::FromEngine;
 use crate::memory::Buffer;
@@ -112,11 +113,11 @@ impl ReceiverTask {
         }
     }
 
-    /// Runs until `stop` is cancelled, or, once `drain` is cancelled, until no request is in flight.
+    /// Runs until `stop` is cancelled, or, once the drain ends the roles, until no request is in flight.
     pub(crate) async fn run(
         mut self,
         mut engines: mpsc::Receiver<FromEngine>,
-        drain: CancellationToken,
+        drain: Drain,
         stop: CancellationToken,
     ) {
         loop {
@@ -165,7 +166,7 @@ impl ReceiverTask {
                 },
                 checked = self.checks.next() => self.on_checked(checked),
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
-                () = drain.cancelled(), if !self.draining => {
+                () = drain.ends(), if !self.draining => {
                     self.draining = true;
                     self.feed(Event::Drain);
                 }

@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
+use crate::engine::drain::Drain;
 use crate::engine::sessions::{Engines, SlotLayout};
 use crate::engine::socket::FromEngine;
 use crate::memory::Buffer;
@@ -103,16 +104,22 @@ impl SenderTask {
         }
     }
 
-    /// Runs until `stop` is cancelled, or, once `drain` is cancelled, until no request is in flight.
+    /// Runs until `stop` is cancelled, or, once the drain ends the roles, until no request is in flight and no KV is
+    /// kept.
     pub(crate) async fn run(
         mut self,
         mut engines: mpsc::Receiver<FromEngine>,
-        drain: CancellationToken,
+        drain: Drain,
         stop: CancellationToken,
     ) {
         loop {
             self.publish();
-            if self.draining && self.machine.as_ref().is_none_or(Sender::is_idle) {
+            let unfetched = self.machine.as_ref().map_or(0, Sender::unfetched);
+            drain.publish(self.context.rank, self.draining, unfetched);
+            if drain.is_ending()
+                && self.draining
+                && self.machine.as_ref().is_none_or(Sender::is_idle)
+            {
                 break;
             }
             let deadline = self.machine.as_ref().and_then(Sender::deadline);
@@ -138,10 +145,11 @@ impl SenderTask {
                     }
                 },
                 () = self.clock.sleep_until(deadline) => self.feed(Event::Deadline),
-                () = drain.cancelled(), if !self.draining => {
+                () = drain.begins(), if !self.draining => {
                     self.draining = true;
                     self.feed(Event::Drain);
                 }
+                () = drain.ends(), if !drain.is_ending() => {}
             }
         }
         if let Some(port) = self.fetch.take() {
@@ -203,6 +211,9 @@ impl SenderTask {
         );
         self.context.trace.begin_sender(&config);
         self.machine = Some(Sender::new(config));
+        if self.draining {
+            self.feed(Event::Drain);
+        }
     }
 
     fn on_receiver(&mut self, event: FromReceiver) {
