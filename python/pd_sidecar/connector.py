@@ -263,6 +263,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return replace(report, is_alone=self._is_alone()) if report is not None else None
 
     def shutdown(self) -> None:
+        # The engine runs no more steps. vLLM kills this process when `shutdown_timeout` is over.
+        wait_s = getattr(self._config, "shutdown_timeout", 0) - TEARDOWN_S
+        if wait_s > 0 and isinstance(self._worker, Worker) and (kept := self._worker.wait_fetched(wait_s)):
+            logger.warning("the engine stops with KV of %d requests that no decode side has fetched", kept)
         if self._worker is not None:
             self._worker.close()
         if self._child is not None:
@@ -475,3 +479,5 @@ with contextlib.suppress(ValueError):
 
 SPAWN_S = 10.0
 """The longest time for which a starting engine waits for the sidecar that it has started."""
+TEARDOWN_S = 2.0
+"""The part of `shutdown_timeout` that the engine needs after its KV is fetched."""

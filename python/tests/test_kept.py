@@ -402,6 +402,19 @@ def test_a_worker_gathers_kept_kv_although_the_engine_does_not_step(workers):
     assert sent == ["a"]
 
 
+def test_a_worker_that_ends_waits_until_its_kept_kv_has_left_the_sidecar(workers):
+    keep(workers)
+    workers.sender.next(wire.Keep)
+    workers.sender.next(wire.Computing)
+    assert workers.worker.wait_fetched(0.05) == 1
+    workers.sender.say(wire.Granted("a", 32, [], []), wire.Granted("a", 32, [1, 2], [0, 1]))
+    # The sidecar still reads the slots.
+    assert workers.worker.wait_fetched(0.2) == 1
+    workers.sender.next(wire.Staged)
+    workers.sender.say(wire.Ended("a", None, 5))
+    assert workers.worker.wait_fetched(20) == 0
+
+
 def test_a_worker_frees_kept_blocks_that_nobody_fetched(workers):
     keep(workers)
     workers.sender.say(wire.Ended("a", "unclaimed", 0))

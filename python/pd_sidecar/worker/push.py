@@ -59,6 +59,10 @@ class Sender:
         self._by_engine_id: dict[str, Outgoing] = {}
         self._by_req: dict[str, Outgoing] = {}
         self._gathers: list[Gather] = []
+        self.kept: set[str] = set()
+        """The kept requests that have not ended at the sidecar. A decode side may still fetch their KV, or the sidecar
+        still sends it.
+        """
 
     def begin(self, metadata: StepMetadata) -> None:
         """Runs before the forward: handles requests whose blocks the scheduler took away, and announces new work."""
@@ -126,6 +130,7 @@ class Sender:
         """Fails all requests after the connection has ended: their slots are gone."""
         self._end_layered()
         self._copier = None
+        self.kept.clear()
         self._event_slots.reset()
         for outgoing in list(self._by_engine_id.values()):
             self._fail(outgoing, "sidecar_lost")
@@ -141,6 +146,7 @@ class Sender:
 
     def ended(self, message: Ended) -> None:
         """Ends a request after the sidecar's last message about it."""
+        self.kept.discard(message.req)
         outgoing = self._by_req.get(message.req)
         if self._layered is not None and outgoing in self._layered.outgoings:
             # First end the request's layered gather: the next call frees the gather's events, and another request may
@@ -247,6 +253,7 @@ class Sender:
                 upto=upto,
                 keep_ms=start.keep_ms,
             )
+            self.kept.add(start.req)
             return
         target = Target(start.host, start.init_ports[rank.index], start.alloc_ports[rank.index])
         self._client.reserve(

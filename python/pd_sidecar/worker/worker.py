@@ -263,6 +263,20 @@ class Worker:
             ports, self._fetch_ports = self._fetch_ports, {}
         return ports
 
+    def wait_fetched(self, wait_s: float) -> int:
+        """Waits at most `wait_s` until decode sides have fetched the KV that the engine keeps. Returns the number of
+        requests with KV that is still kept. The engine's thread calls this method when the engine runs no more steps.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            self.move()
+            self.collect()
+            with self._lock:
+                kept = sum(len(link.end.kept) for link in self._links if isinstance(link.end, Sender))
+            if not kept or time.monotonic() >= deadline:
+                return kept
+            time.sleep(CONNECT_PAUSE_S)
+
     def close(self) -> None:
         """Ends the connections, and with them all requests in flight."""
         if self._poller is not None:
