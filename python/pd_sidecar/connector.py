@@ -406,6 +406,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return found
 
 
+# Some routers accept only this name. vLLM prefers the class of `kv_connector_module_path` to its own class of a name.
+NixlConnector = PdSidecarConnector
+
+
 def _policy(transfer: KVTransferConfig, role: KVConnectorRole) -> str:
     """Returns the load-failure policy that will apply. The scheduler's half sets `recompute` if it can.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_sidecar import FakeSidecar
 from test_scheduler import load_params, output, push_params, request
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core.kv_cache_utils import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -178,6 +179,13 @@ def test_beside_other_connectors_the_first_step_says_that_nothing_is_moved(monke
         {"pushed": False, "reason": "layout"},
     )
     worker.shutdown()
+
+
+def test_the_module_path_wins_over_vllms_class_of_the_same_name():
+    named = SimpleNamespace(kv_connector="NixlConnector", kv_connector_module_path=module.__name__)
+    assert KVConnectorFactory.get_connector_class(named) is PdSidecarConnector
+    # MultiConnector looks for the class of a child's statistics by the name of the child's class.
+    assert KVConnectorFactory.get_connector_class_by_name(module.NixlConnector.__name__) is PdSidecarConnector
 
 
 def test_sleep_mode_is_refused():

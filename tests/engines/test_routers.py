@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -172,24 +173,30 @@ def admin_of(engine: Engine) -> str:
 
 @pytest.fixture(scope="module")
 def flagged(logs: Path) -> Iterator[Flagged]:
-    transfer = {
-        "kv_connector": "PdSidecarConnector", "kv_connector_module_path": "pd_sidecar.connector", "kv_role": "kv_both",
-    }  # fmt: skip
+    module = {"kv_connector_module_path": "pd_sidecar.connector", "kv_role": "kv_both"}
+    # One engine uses the name that routers with a closed list of connectors accept.
+    names = {"prefill": "PdSidecarConnector", "decode": "NixlConnector"}
     env = {
         "PYTHONPATH": str(ROOT / "python"), "PD_SIDECAR_BINARY": str(BINARIES / "sidecar"),
         # A small machine has no room for buffers of the standard size.
         "LMCACHE_PD_BUFFER_SIZE": str(BUFFER_BYTES),
     }  # fmt: skip
-    more = ("--kv-cache-memory-bytes", str(256 << 20))
+    more = ("--kv-cache-memory-bytes", str(256 << 20), "--shutdown-timeout", "30")
     model = write_model(ROOT / "target" / "model")
     engines = [
         Engine(
             EngineOptions(
-                f"flag {name} engine", model, kv_transfer=transfer, core=core, forked=True, env=env, more=more
+                f"flag {name} engine",
+                model,
+                kv_transfer={"kv_connector": connector, **module},
+                core=core,
+                forked=True,
+                env=env,
+                more=more,
             ),
             logs,
         )
-        for core, name in enumerate(("prefill", "decode"))
+        for core, (name, connector) in enumerate(names.items())
     ]
     with ended_by_signals(), contextlib.ExitStack() as stack:
         for engine in engines:
@@ -220,6 +227,29 @@ def test_one_flag_behind_the_example_proxy(flagged: Flagged) -> None:
         return complete(flagged.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told).token_ids
 
     flagged.move(send, prompt(300, seed=194))
+
+
+@pytest.mark.own_engines
+def test_an_engine_stops_when_its_kept_kv_is_fetched(flagged: Flagged) -> None:
+    """Ends the prefill engine, so this test is the last test with these engines."""
+    process = flagged.prefill.process
+    assert process is not None
+
+    def send(tokens: list[int]) -> list[int]:
+        told = prefill_leg(flagged.prefill, tokens)
+        process.signal(signal.SIGTERM)
+        wait(lambda: "start mode=drain" in process.output())
+        return complete(flagged.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told).token_ids
+
+    tokens = prompt(300, seed=195)
+    expect = complete(flagged.decode.url, tokens, max_tokens=TOKENS).token_ids
+    flagged.decode.reset_prefix_cache()
+    before = flagged.decode.prompt_tokens()
+    assert send(tokens) == expect
+    wait(lambda: sum_of(flagged.decode) - sum(vars(before).values()) >= len(tokens))
+    check_tokens(flagged.decode.prompt_tokens() - before, len(tokens))
+    process.wait(BOUND_S)
+    assert "no decode side has fetched" not in process.output()
 
 
 def cores_used(pair: Pair) -> float:
