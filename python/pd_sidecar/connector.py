@@ -330,7 +330,8 @@ class PdSidecarConnector(KVConnectorBase_V1):
         if not self._both or not own_sidecar.is_wanted(extra):
             return Child(command, logger, lambda: ours)
         device = current_platform.device_type
-        return Child(command, logger, lambda: {**own_sidecar.variables(ranks, device), **ours})
+        own = {**ours, "PD_SIDECAR_SPAWNED": own_sidecar.SPAWNED}
+        return Child(command, logger, lambda: {**own_sidecar.variables(ranks, device), **own})
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | DisabledWorker:
         work: dict[str, Any] = {

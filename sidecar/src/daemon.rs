@@ -15,6 +15,7 @@ use crate::observe::observer::Fanout;
 use crate::observe::proxy_discovery::ProxyDiscovery;
 use crate::observe::registration::{ProxyVoice, Registration};
 use crate::observe::status::Status;
+use crate::peer::leftovers;
 use crate::rank::node::{Ended, Node};
 
 /// Runs until a signal arrives or a part of the process fails. The runtime has one thread: it only moves
@@ -82,6 +83,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     );
     let mut services = tokio::task::JoinSet::new();
     services.spawn(admin.run(gone.clone()));
+    if !config.has_successors {
+        services.spawn(leftovers::remove_dead(config.socket.clone(), gone.clone()));
+    }
     if let Some(search) = searching {
         services.spawn(search.run(gone.clone()));
     }
@@ -124,6 +128,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
         {
             std::panic::resume_unwind(error.into_panic());
         }
+    }
+    if ended == Ended::Drained && !config.has_successors {
+        leftovers::remove_own(&config.socket);
     }
     Ok(match ended {
         Ended::Drained => Exit::Ok,

@@ -20,6 +20,10 @@ HOST_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 """The variable of vLLM that names the address at which other instances reach this instance's KV."""
 INSECURE_VARIABLE = "PD_SIDECAR_INSECURE"
 LOOPBACK = "127.0.0.1"
+SPAWNED = "alone"
+"""The value of `PD_SIDECAR_SPAWNED` for a sidecar that removes all its files when it ends: the engine has a new id at
+each start, so no later sidecar uses these files.
+"""
 BUFFER_SIZE = "1GiB"
 """The size of each of the two buffers of a rank."""
 

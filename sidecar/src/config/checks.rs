@@ -10,13 +10,13 @@ use std::path::PathBuf;
 
 use tracing_subscriber::EnvFilter;
 
-use self::listen::{exposed, fetch, listen};
+use self::listen::{exposed, fetch, fetch_ports, listen};
 use self::proxy::{admin_host, proxy};
 use self::times::times;
 use self::ucx::ucx;
 use super::key::Key;
 use super::keys::{Lmcache, Sidecar};
-use super::layers::{Inputs, Layers, Source, Sourced};
+use super::layers::{Inputs, Layers, SPAWNED_VARIABLE, SPAWNED_WITHOUT_SUCCESSOR, Source, Sourced};
 use super::mooncake::Mooncake;
 use super::value::{Device, HostPort, MAX_RANKS, Role, Value};
 use super::{Config, Listen};
@@ -52,7 +52,18 @@ pub(crate) fn config(
     // The number of ranks follows from the port lists, so the ports come first.
     let ranks = ranks(layers, sidecar, listen.as_ref());
     let devices = devices(layers, lmcache, ranks);
-    let proxy = proxy(layers, lmcache, sidecar, mooncake, role, &admin);
+    if let Some(fetch) = &fetch {
+        fetch_ports(layers, sidecar, fetch, listen.as_ref(), &admin, ranks);
+    }
+    let proxy = proxy(
+        layers,
+        lmcache,
+        sidecar,
+        mooncake,
+        role,
+        &admin,
+        fetch.is_some(),
+    );
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     let ucx = ucx(layers, inputs, lmcache, sidecar, mooncake);
     // Peers are not authenticated, so a port that other machines can reach needs the user's consent.
@@ -66,6 +77,10 @@ pub(crate) fn config(
     );
     let id = id(layers, inputs, sidecar, role, &admin);
     let socket = socket(layers, inputs, sidecar, role);
+    let has_successors = !inputs
+        .env
+        .iter()
+        .any(|(name, value)| name == SPAWNED_VARIABLE && value == SPAWNED_WITHOUT_SUCCESSOR);
     let times = times(layers, lmcache, sidecar);
     if let Some(level) = &sidecar.log_level
         && let Err(error) = EnvFilter::try_new(&level.value)
@@ -88,6 +103,7 @@ pub(crate) fn config(
         listen,
         fetch,
         socket,
+        has_successors,
         admin,
         admin_host,
         proxy,

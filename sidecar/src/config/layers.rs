@@ -353,7 +353,7 @@ impl Layers {
             .collect();
         for (name, _) in &self.env {
             let ours = name.starts_with(SIDECAR_PREFIX) || name.starts_with(LMCACHE_PREFIX);
-            let other = [FILE_VARIABLE, SPAWNED_VARIABLE].contains(&name.as_str())
+            let other = [FILE_VARIABLE, SPAWNED_VARIABLE, BINARY_VARIABLE].contains(&name.as_str())
                 || OTHER_VARIABLES.contains(&name.as_str());
             if ours && !other && !variables.contains(name) {
                 let near = suggest(name, variables.iter().map(String::as_str));
@@ -376,6 +376,11 @@ pub(crate) const FILE_VARIABLE: &str = "LMCACHE_CONFIG_FILE";
 
 /// The variable that an engine sets to 1 for the sidecar that it starts.
 pub(crate) const SPAWNED_VARIABLE: &str = "PD_SIDECAR_SPAWNED";
+/// The value of [`SPAWNED_VARIABLE`] if the engine has a new id at each start, so that no later engine uses this
+/// sidecar's socket.
+pub(crate) const SPAWNED_WITHOUT_SUCCESSOR: &str = "alone";
+/// The variable with which a user tells an engine where the sidecar's program is.
+const BINARY_VARIABLE: &str = "PD_SIDECAR_BINARY";
 
 /// Variables of LMCache's processes that are not keys of LMCache's configuration.
 const OTHER_VARIABLES: &[&str] = &[

@@ -68,6 +68,8 @@ pub(crate) struct Config {
     pub(crate) fetch: Option<FetchListen>,
     /// The unix socket for the engine.
     pub(crate) socket: PathBuf,
+    /// False if no later sidecar uses this socket, so that this sidecar removes all its files when it ends.
+    pub(crate) has_successors: bool,
     /// The address that the admin server binds.
     pub(crate) admin: HostPort,
     /// The host name or address under which other machines reach the admin server.

@@ -2,4 +2,5 @@
 //! process.
 
 pub(crate) mod handshake;
+pub(crate) mod leftovers;
 pub(crate) mod process_lock;

@@ -120,12 +120,15 @@ fn write(
     file.write_all(&text)
 }
 
-fn file_of(socket: &Path) -> PathBuf {
+/// Returns the path of the locked file beside a socket.
+pub(super) fn file_of(socket: &Path) -> PathBuf {
     let mut name = socket.as_os_str().to_owned();
-    name.push(".lineage");
+    name.push(SUFFIX);
     PathBuf::from(name)
 }
 
+/// The end of the name of a locked file.
+pub(super) const SUFFIX: &str = ".lineage";
 /// Length of a secret in bytes: the same as the length of the secret's hash.
 const SECRET_BYTES: usize = SHA256_OUTPUT_LEN;
 /// Largest number of earlier processes whose end this process proves. A receiver rarely misses this many

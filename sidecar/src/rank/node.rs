@@ -234,16 +234,10 @@ impl Builder {
         let Some(listen) = self.config.fetch.clone() else {
             return Ok(None);
         };
-        let port = match (listen.port, u16::try_from(rank)) {
-            (0, _) => Some(0),
-            (first, Ok(rank)) => first.checked_add(rank),
-            (_, Err(_)) => None,
-        };
-        let Some(port) = port else {
-            return Err(anyhow::anyhow!(
-                "sidecar.fetch_port: the port of rank {rank} would be above 65535; choose a lower port for rank 0"
-            )
-            .into());
+        let port = match listen.port {
+            0 => 0,
+            // `Config` has checked that every rank has a port.
+            first => first.saturating_add(u16::try_from(rank).unwrap_or(u16::MAX)),
         };
         let server = RouterServer::bind(&listen.host, port, MAX_ALLOC_BYTES)
             .await

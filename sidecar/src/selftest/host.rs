@@ -97,6 +97,7 @@ impl Selftest {
             }),
             fetch: None,
             socket: directory.path.join("selftest.sock"),
+            has_successors: true,
             admin: HostPort {
                 host: LOOPBACK.to_owned(),
                 port: 0,

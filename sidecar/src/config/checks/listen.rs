@@ -148,12 +148,56 @@ pub(super) fn fetch(
     })
 }
 
+/// Checks that each rank has a fetch port, and that no other key names this port. The second bind of a port would fail
+/// with a message that does not name the keys.
+pub(super) fn fetch_ports(
+    layers: &mut Layers,
+    sidecar: &Sidecar,
+    fetch: &FetchListen,
+    listen: Option<&Listen>,
+    admin: &HostPort,
+    ranks: u32,
+) {
+    let Some(given) = sidecar.fetch_port.as_ref().filter(|_| fetch.port != 0) else {
+        return;
+    };
+    let mut taken = vec![(admin.port, "sidecar.admin")];
+    for rank in listen.iter().flat_map(|listen| &listen.ranks) {
+        taken.extend([
+            (rank.init, "pd_peer_init_port"),
+            (rank.alloc, "pd_peer_alloc_port"),
+            (rank.query.unwrap_or_default(), "pd_peer_query_port"),
+            (rank.tcp, "sidecar.tcp_port"),
+        ]);
+    }
+    for rank in 0..ranks {
+        let port = u16::try_from(rank)
+            .ok()
+            .and_then(|rank| fetch.port.checked_add(rank));
+        let (what, right) = match port {
+            None => (
+                format!("the port of rank {rank} would be above 65535"),
+                "choose a lower port for rank 0",
+            ),
+            Some(port) => match taken.iter().find(|(other, _)| *other == port) {
+                None => continue,
+                Some((_, key)) => (
+                    format!("rank {rank} would have port {port}, which {key} names"),
+                    "rank N has this port + N: choose a port for rank 0 that leaves room",
+                ),
+            },
+        };
+        layers.wrong("sidecar.fetch_port", given, what, right);
+        return;
+    }
+}
+
 /// Returns true if an engine has started this sidecar.
 fn is_spawned(inputs: &Inputs) -> bool {
     inputs
         .env
         .iter()
-        .any(|(name, value)| name == SPAWNED_VARIABLE && value == "1")
+        .any(|(name, value)| name == SPAWNED_VARIABLE && !value.is_empty())
 }
 
 /// Refuses ports that other machines can reach, unless the user consents, because peers are not authenticated

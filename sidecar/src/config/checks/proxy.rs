@@ -14,6 +14,7 @@ pub(super) fn proxy(
     mooncake: &Mooncake,
     role: Role,
     admin: &HostPort,
+    fetches: bool,
 ) -> Option<Proxy> {
     let theirs = lmcache_proxy(layers, lmcache, sidecar.proxy.is_some());
     let address = match (&sidecar.proxy, theirs) {
@@ -53,11 +54,14 @@ pub(super) fn proxy(
         });
     }
     let Some(address) = address.filter(|_| !skip) else {
-        layers.warnings.push(
-            "no proxy is configured, so this sidecar registers nowhere: the program that routes requests \
-             must know the sidecar's ports and wait for the prefill leg"
-                .to_owned(),
-        );
+        // With a fetch port, routers need to know nothing about the sidecar.
+        if !fetches {
+            layers.warnings.push(
+                "no proxy is configured, so this sidecar registers nowhere: the program that routes requests \
+                 must know the sidecar's ports and wait for the prefill leg"
+                    .to_owned(),
+            );
+        }
         return None;
     };
     // The mistake is reported at the key from which the address comes.

@@ -49,3 +49,56 @@ fn a_configured_fetch_port_is_used() {
         &["x.yaml:4|pd_peer_host|0.0.0.0|decode sides cannot connect to a wildcard address"],
     );
 }
+
+#[test]
+fn no_other_key_names_a_fetch_port() {
+    let both = RECEIVER.replace("receiver", "both");
+    let with =
+        |port: u16| format!("{both}sidecar: {{fetch_port: {port}, admin: '127.0.0.1:7900'}}\n");
+    for (port, what) in [
+        (
+            7400,
+            "rank 0 would have port 7400, which pd_peer_alloc_port names",
+        ),
+        (
+            7399,
+            "rank 1 would have port 7400, which pd_peer_alloc_port names",
+        ),
+        (
+            7301,
+            "rank 0 would have port 7301, which pd_peer_init_port names",
+        ),
+        (
+            7899,
+            "rank 1 would have port 7900, which sidecar.admin names",
+        ),
+        (65535, "the port of rank 1 would be above 65535"),
+    ] {
+        check(
+            &with(port),
+            &[&format!("x.yaml:8|sidecar.fetch_port|{port}|{what}")],
+        );
+    }
+    let sender = SENDER.replace("{proxy", "{ranks: 3, fetch_port: 7908, proxy");
+    check(
+        &sender,
+        &[
+            "x.yaml:3|sidecar.fetch_port|7908|rank 2 would have port 7910, which sidecar.admin names",
+        ],
+    );
+    load(&with(7600));
+}
+
+#[test]
+fn a_sidecar_with_a_fetch_port_needs_no_proxy_and_no_advice_about_variables_of_its_engine() {
+    let alone = RECEIVER.replace("receiver", "both");
+    let alone = &alone[..alone.find("pd_proxy_host").unwrap()];
+    let env = [
+        ("PD_SIDECAR_SPAWNED", "1"),
+        ("PD_SIDECAR_BINARY", "sidecar"),
+    ];
+    let (_, report) = Config::load(&inputs(alone, &env, &[])).unwrap();
+    assert!(report.warnings.is_empty(), "{report:?}");
+    let (_, report) = Config::load(&inputs(alone, &[], &[])).unwrap();
+    assert!(report.warnings[0].contains("no proxy"), "{report:?}");
+}
