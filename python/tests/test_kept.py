@@ -247,6 +247,19 @@ def test_parameters_from_the_network_are_checked(change):
     assert transfer(params) is Skip.BAD_PARAMS
 
 
+def test_a_router_that_sends_both_legs_at_once_is_computed_and_counted_and_its_kv_is_limited():
+    """vLLM's NixlPushConnector needs no answer of the prefill leg, so the decode leg names no kept KV."""
+    named = {"remote_engine_id": "engine-p", "remote_host": "10.0.0.1", "remote_port": 5600, "tp_size": 1}
+    leg = {**P_LEG, **named, "do_remote_decode": False, "do_remote_prefill": True, "remote_request_id": "cmpl-1"}
+    rig = keeper(blocks=4)
+    for number in range(3):
+        assert rig.scheduler.matched_tokens(request(f"d-{number}", leg), 0) == (0, False)
+        prefill(rig, f"p-{number}")
+    skipped = rig.stats.data["skipped"]
+    # The prefill legs keep KV within their share of the blocks. The sidecar limits the time.
+    assert skipped == {"not_ours": 3, "keep_full": 2}
+
+
 def test_reports_of_several_workers_are_merged():
     one, two = IdleReport(False, fetch_ports={0: PORT}), IdleReport(True, unmoved=True, fetch_ports={1: None})
     assert one.aggregate(two) == IdleReport(False, unmoved=True, fetch_ports={0: PORT, 1: None})

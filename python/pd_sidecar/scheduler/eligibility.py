@@ -45,6 +45,7 @@ class Skip(StrEnum):
     NO_FETCH_PORT = "no_fetch_port"
     KEEP_FULL = "keep_full"
     NOT_KEPT = "not_kept"
+    NOT_OURS = "not_ours"
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,9 @@ def _unnamed(params: Mapping[str, Any], *, keeps: bool) -> Transfer | Skip:
     """Reads the parameters of routers that name no receiver. The caller sets `req` to the engine's id."""
     if keeps:
         return Transfer("", keeps=True)
+    if "pd" not in params and params.get("remote_engine_id"):
+        # NixlConnector of vLLM has computed the prompt, or the router sends both legs at the same time.
+        return Skip.NOT_OURS
     source = source_of(params)
     return Skip.BAD_PARAMS if source is None else Transfer("", kept=source)
 
