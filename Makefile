@@ -33,7 +33,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines no-push lint advisories bench gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,10 @@ advisories: venv ## Look the Rust dependencies up in RustSec's database of known
 bench: venv ## Measure this project against its baselines; writes target/bench.json and target/bench.md
 	$(CARGO) build --release --locked --bins --examples
 	$(PYTHON_IN_VENV) tests/bench/run.py $(BENCH)
+
+contract: venv ## Measure this project beside NixlConnector behind vllm-router; writes target/contract.md
+	$(CARGO) build --release --locked --bins
+	$(PYTHON_IN_VENV) tests/bench/contract.py
 
 gpu-test: ## Run the tests that need a GPU, PyTorch and vLLM for CUDA, but no network; skipped without a GPU
 	PD_BINARIES=$(RELEASE) $(GPU_PYTHON) -m pytest tests/gpu -v -s $(PYTEST)

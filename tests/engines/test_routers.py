@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.client import Answer, call, complete, get_json, post_json
+from harness.client import Answer, complete, get_json, post_json
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.model import KV_BYTES_PER_TOKEN, write_model
 from harness.pair import BUFFER_BYTES, Pair, check_tokens
-from harness.ports import free_port
-from harness.process import Process, ended_by_signals
+from harness.process import ended_by_signals
 from harness.prompts import prompt
 from harness.reference import Reference
+from harness.routers import install, prefill_leg, running_vllm_router
 from harness.sidecar import BINARIES, ROOT
 
-ROUTERS = ROOT / "target" / "routers-venv"
 BOUND_S = 30.0
 TOKENS = 24
 
@@ -82,32 +80,13 @@ def fetching(pair: Pair) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def routers() -> Path:
     """Installs the routers, once. Returns the folder of the routers' programs."""
-    subprocess.run([ROOT / "scripts" / "routers.sh", ROUTERS], check=True)
-    return ROUTERS / "bin"
+    return install()
 
 
 @pytest.fixture
 def vllm_router(routers: Path, fetching: Pair, logs: Path) -> Iterator[Router]:
     with running_vllm_router(routers, fetching.prefill, fetching.decode, logs) as url:
         yield Router(url, fetching)
-
-
-@contextlib.contextmanager
-def running_vllm_router(routers: Path, prefill: Engine, decode: Engine, logs: Path) -> Iterator[str]:
-    """Runs vllm-router in front of two engines inside the block. Yields its URL when it serves."""
-    port = free_port()
-    command: list[str | Path] = [
-        routers / "vllm-router", "--host", "127.0.0.1", "--port", str(port), "--vllm-pd-disaggregation",
-        "--kv-connector", "nixl", "--prefill", prefill.url, "--decode", decode.url,
-        "--policy", "round_robin", "--prometheus-port", str(free_port()),
-    ]  # fmt: skip
-    process = Process("vllm-router", command, logs / "vllm-router.log")
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: answers(f"{url}/v1/models"), process)
-        yield url
-    finally:
-        process.stop()
 
 
 @pytest.mark.parametrize("tokens", [20, 300, 900])
@@ -273,27 +252,9 @@ def legs(pair: Pair, tokens: list[int]) -> dict[str, object]:
     return told
 
 
-def prefill_leg(engine: Engine, tokens: list[int]) -> dict[str, object]:
-    """Sends the prefill leg as vLLM's example proxy for NixlConnector. Returns the parameters in the answer."""
-    params = {
-        "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
-        "remote_host": None, "remote_port": None,
-    }  # fmt: skip
-    body = {"model": "m", "prompt": tokens, "max_tokens": 1, "kv_transfer_params": params}
-    told: dict[str, object] = post_json(f"{engine.url}/v1/completions", body)["kv_transfer_params"]
-    return told
-
-
 def decode_leg(pair: Pair, tokens: list[int], told: dict[str, object]) -> None:
     body = {"model": "m", "prompt": tokens, "max_tokens": 1, "kv_transfer_params": told}
     post_json(f"{pair.decode.url}/v1/completions", body)
-
-
-def answers(url: str) -> bool:
-    try:
-        return call(url, timeout_s=2.0)[0] == 200
-    except OSError:
-        return False
 
 
 def wait(condition: Callable[[], bool]) -> None:
@@ -301,11 +262,3 @@ def wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not true after {BOUND_S:g} s"
         time.sleep(0.02)
-
-
-def until(condition: Callable[[], bool], process: Process) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not condition():
-        if not process.alive or time.monotonic() > deadline:
-            raise process.failure(f"not ready after {BOUND_S:g} s")
-        time.sleep(0.05)
