@@ -7,10 +7,13 @@ unknown keys, so that either side may be newer.
 from __future__ import annotations
 
 import struct
-from typing import TypeVar, Union
+from typing import TYPE_CHECKING, TypeVar, Union
 from unicodedata import category
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VERSION = 1
 """The version of the protocol that this package speaks."""
@@ -28,8 +31,23 @@ class WireError(Exception):
     """The other side broke the protocol. The connection can no longer be used."""
 
 
+class Group(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One group of layers in a layout with several groups."""
+
+    kind: str
+    """`full`, `window`, `chunked` or `state`."""
+    bytes: int
+    """The bytes of one token in all layers of the group; for `state` the bytes of one request."""
+    size: int = 0
+    """The tokens of the window, or of one chunk of chunked attention."""
+
+
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The format of one chunk, as in `protocol/src/layout.rs`."""
+    """The format of one chunk, as in `protocol/src/layout.rs`.
+
+    A layout with `groups` describes the groups in full by a digest in `quantization`, which releases before groups
+    compare. `layers`, `kv_heads`, `head_size`, `dtype` and `mla` then describe the first group only.
+    """
 
     model: str
     dtype: str
@@ -39,13 +57,22 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
     mla: bool
     chunk_tokens: int
     quantization: str = ""
+    groups: list[Group] = []
 
     @property
     def chunk_bytes(self) -> int:
         """The bytes of a full chunk, which is the size of a slot. Raises `KeyError` for an unknown dtype."""
+        if self.groups:
+            return slot_bytes(self.groups, self.chunk_tokens)
         planes = 1 if self.mla else 2
         width = self.kv_heads * self.head_size * ELEMENT_BYTES[self.dtype]
         return planes * self.layers * self.chunk_tokens * width
+
+
+def slot_bytes(groups: Sequence[Group], chunk_tokens: int) -> int:
+    """Returns the size of a slot: the tokens of a full chunk in all groups, or the whole state if no group has tokens."""
+    tokens = sum(group.bytes for group in groups if group.kind != "state") * chunk_tokens
+    return tokens or sum(group.bytes for group in groups)
 
 
 ELEMENT_BYTES = {
