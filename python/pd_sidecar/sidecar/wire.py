@@ -70,7 +70,9 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def slot_bytes(groups: Sequence[Group], chunk_tokens: int) -> int:
-    """Returns the size of a slot: the tokens of a full chunk in all groups, or the whole state if no group has tokens."""
+    """Returns the size of a slot: the tokens of a full chunk in all groups, or the whole state if there are no
+    tokens in any group.
+    """
     tokens = sum(group.bytes for group in groups if group.kind != "state") * chunk_tokens
     return tokens or sum(group.bytes for group in groups)
 
