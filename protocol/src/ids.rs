@@ -37,8 +37,7 @@ number! {
     SlotIndex(u32)
 }
 number! {
-    /// Index of a chunk in its request: the chunk covers tokens `[i * chunk_tokens, (i + 1) *
-    /// chunk_tokens)`.
+    /// Index of a chunk in its request, as in a [`Plan`](crate::plan::Plan).
     ChunkIndex(u32)
 }
 number! {

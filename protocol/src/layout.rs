@@ -2,6 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::groups::{Group, Kind, different};
+
+mod check;
+
+pub use check::{GroupError, MAX_GROUPS, MAX_STATE_CHUNKS};
+
 /// Shape of one chunk: LMCache's `KV_2LTD` = `[2, layers, tokens, heads * head_size]`, or for MLA
 /// `[1, layers, tokens, latent]` with `kv_heads == 1` and `head_size == latent`.
 ///
@@ -27,6 +33,12 @@ pub struct Layout {
     /// 1`). Absent: `dtype` alone describes the elements.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub quantization: String,
+    /// Groups of layers, at most 64, in the order of their parts in a chunk. The fields from `dtype`
+    /// to `mla` then describe the first group only. `quantization` has a digest of all groups, so
+    /// that releases without this field refuse such a layout. Absent: one group of equal layers,
+    /// in LMCache's form.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<Group>,
 }
 
 impl Layout {
@@ -43,8 +55,11 @@ impl Layout {
     }
 
     /// Returns the size of the KV of one token in all layers, in bytes; `None` if the dtype is
-    /// unknown or the product overflows.
+    /// unknown or the product overflows. The result does not include states.
     pub fn token_bytes(&self) -> Option<u64> {
+        if !self.groups.is_empty() {
+            return self.sum(|group| group.kind() != Kind::State);
+        }
         let planes: u64 = if self.mla { 1 } else { 2 };
         planes
             .checked_mul(u64::from(self.layers))?
@@ -54,10 +69,24 @@ impl Layout {
     }
 
     /// Returns the size of a full chunk in bytes, which is also the size of a slot; `None` in the
-    /// same cases as [`Self::token_bytes`].
+    /// same cases as [`Self::token_bytes`]. If no group has tokens, a slot has room for the whole
+    /// state.
     pub fn chunk_bytes(&self) -> Option<u64> {
-        self.token_bytes()?
-            .checked_mul(u64::from(self.chunk_tokens))
+        let tokens = self
+            .token_bytes()?
+            .checked_mul(u64::from(self.chunk_tokens))?;
+        if tokens > 0 {
+            return Some(tokens);
+        }
+        self.sum(|group| group.kind() == Kind::State)
+    }
+
+    /// Returns the sum of the bytes of the chosen groups; `None` if it overflows.
+    fn sum(&self, choose: impl Fn(&Group) -> bool) -> Option<u64> {
+        let chosen = self.groups.iter().filter(|group| choose(group));
+        chosen
+            .map(|group| group.bytes)
+            .try_fold(0, u64::checked_add)
     }
 
     /// Returns the first field in which `other` differs, as `(name, ours, theirs)`; `None` if the
@@ -70,16 +99,13 @@ impl Layout {
                 })*
             };
         }
-        differ!(
-            model,
-            dtype,
-            layers,
-            kv_heads,
-            head_size,
-            mla,
-            chunk_tokens,
-            quantization
-        );
+        differ!(model, dtype, layers, kv_heads, head_size, mla, chunk_tokens);
+        // Layouts with groups have a digest of their groups in `quantization`. The groups themselves
+        // tell more, so they come first.
+        if let Some((ours, theirs)) = different(&self.groups, &other.groups) {
+            return Some(("groups", ours, theirs));
+        }
+        differ!(quantization);
         None
     }
 

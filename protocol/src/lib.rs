@@ -10,6 +10,7 @@
 pub mod codec;
 pub mod dlist;
 pub mod example;
+pub mod groups;
 pub mod ids;
 pub mod keep;
 pub mod keys;
@@ -17,6 +18,7 @@ pub mod layout;
 pub mod local;
 pub mod message;
 pub mod metadata;
+pub mod plan;
 pub mod reason;
 pub mod receiver;
 pub mod record;

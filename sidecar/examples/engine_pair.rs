@@ -190,6 +190,7 @@ fn layout(chunk_bytes: u32) -> anyhow::Result<Layout> {
         head_size: chunk_bytes / CHUNK_TOKENS,
         mla: true,
         chunk_tokens: CHUNK_TOKENS,
+        groups: Vec::new(),
         quantization: String::new(),
     })
 }

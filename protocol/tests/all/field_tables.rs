@@ -8,8 +8,9 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 5] = [
+const SOURCES: [&str; 6] = [
     "layout.rs",
+    "groups.rs",
     "message.rs",
     "keep.rs",
     "local.rs",

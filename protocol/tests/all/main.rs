@@ -15,6 +15,7 @@ mod last_word;
 mod lists;
 mod lmcache_receivers;
 mod lmcache_senders;
+mod plans;
 mod replay;
 mod reservations;
 mod setup;

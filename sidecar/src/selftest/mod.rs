@@ -164,6 +164,7 @@ impl Selftest {
             head_size: u32::try_from(per_token).unwrap_or(u32::MAX),
             mla: true,
             chunk_tokens: CHUNK_TOKENS,
+            groups: Vec::new(),
             quantization: String::new(),
         }
     }

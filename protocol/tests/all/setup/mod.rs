@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use protocol::groups::Group;
 use protocol::local::Target;
 use protocol::message::{AllocRequest, AllocX};
 use protocol::{Epoch, Layout, receiver, sender};
@@ -21,6 +22,19 @@ pub(crate) fn layout() -> Layout {
         mla: false,
         chunk_tokens: CHUNK,
         ..Layout::example()
+    }
+}
+
+/// Returns a layout with groups.
+pub(crate) fn layout_of(groups: Vec<Group>) -> Layout {
+    Layout { groups, ..layout() }
+}
+
+pub(crate) fn group(kind: &str, bytes: u64, size: u32) -> Group {
+    Group {
+        kind: kind.to_owned(),
+        bytes,
+        size,
     }
 }
 
