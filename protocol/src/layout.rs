@@ -126,17 +126,3 @@ impl Layout {
         ]
     }
 }
-
-/// Returns the number of chunks that `tokens` tokens need.
-pub fn chunks_of(tokens: u32, chunk_tokens: u32) -> u32 {
-    tokens.div_ceil(chunk_tokens)
-}
-
-/// Returns the tokens `[from, to)` that chunk `index` carries, for a request of `tokens` tokens.
-/// The decode side already has the first `first_token` tokens, so the chunk with the token
-/// `first_token` begins at this token.
-pub fn chunk_span(index: u32, tokens: u32, first_token: u32, chunk_tokens: u32) -> (u32, u32) {
-    let from = index.saturating_mul(chunk_tokens);
-    let to = from.saturating_add(chunk_tokens).min(tokens);
-    (from.max(first_token).min(to), to)
-}

@@ -3,7 +3,6 @@
 use super::ended::Heard;
 use super::request::{Allocation, Chunk, Parked, Request};
 use super::{Action, Receiver};
-use crate::layout::chunks_of;
 use crate::local::{Await, Ready, Release};
 use crate::record::Record;
 use crate::{EngineId, Reason, RequestId};
@@ -69,7 +68,7 @@ impl Receiver {
 
     /// Checks whether a decode request can be parked, and returns the reason if it cannot.
     fn admit_await(&mut self, message: &Await) -> Result<(), Reason> {
-        let chunks = chunks_of(message.tokens, self.config.chunk_tokens) as usize;
+        let chunks = self.chunking.plan(message.tokens, 0).chunks() as usize;
         if message.req.0.is_empty()
             || message.keys.is_empty()
             || chunks != message.keys.len()
@@ -103,9 +102,9 @@ impl Receiver {
     }
 
     /// Tells the engine that chunks are written, if the request is parked. Frees the slots of
-    /// chunks whose tokens the engine already has.
+    /// chunks of which the engine needs nothing.
     pub(super) fn landed(&mut self, id: &RequestId, chunks: &[usize]) {
-        let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
+        let now = self.now;
         let unclaimed = now + self.config.unclaimed;
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -130,18 +129,19 @@ impl Receiver {
             chunks: Vec::new(),
             slots: Vec::new(),
         };
+        let needed = self.chunking.plan(lease.tokens, parked.have_tokens);
         let mut unneeded = Vec::new();
         for &index in chunks {
             let Chunk::Written { slot } = lease.chunks[index] else {
                 continue;
             };
-            let (_, to) = lease.span(index, chunk_tokens);
-            if to <= parked.have_tokens {
+            let position = u32::try_from(index).unwrap_or(u32::MAX);
+            if needed.is_empty(position) {
                 lease.chunks[index] = Chunk::Released;
                 unneeded.push(slot);
             } else {
                 lease.chunks[index] = Chunk::Ready { slot };
-                ready.chunks.push(u32::try_from(index).unwrap_or(u32::MAX));
+                ready.chunks.push(position);
                 ready.slots.push(slot.0);
             }
         }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::keep::{ToFetcher, ToKeeper};
 use crate::local::{Await, Ended, Expect, Keeper, OfRequest, Ready, Release, Target};
 use crate::message::{ToReceiver, ToSender};
+use crate::plan::Chunking;
 use crate::record::Record;
 use crate::{EngineId, Epoch, Layout, LeaseId, Reason, SlotIndex};
 
@@ -32,7 +33,7 @@ pub struct Config {
     pub epoch: Epoch,
     /// Number of slots of the landing buffer.
     pub slots: u32,
-    /// Size of a token's KV in bytes, for the byte counts in records.
+    /// Size of a token's KV in bytes. If [`Self::layout`] has groups, their sizes count instead.
     pub token_bytes: u64,
     /// Number of tokens of a full chunk.
     pub chunk_tokens: u32,
@@ -53,8 +54,8 @@ pub struct Config {
     /// Maximum time for which an alloc request of LMCache waits for free slots.
     #[serde(default)]
     pub lmcache_wait: Duration,
-    /// Layout of one chunk, to check LMCache's alloc requests. Absent: the receiver refuses these
-    /// requests.
+    /// Layout of one chunk, for its groups and to check LMCache's alloc requests. Absent: one group,
+    /// and the receiver refuses LMCache's requests.
     #[serde(default)]
     pub layout: Option<Layout>,
     /// Address of this rank, at which a prefill side finds it. If absent, the receiver fetches no KV.
@@ -65,6 +66,16 @@ pub struct Config {
     pub max_expect: Duration,
     /// Seed of the lease ids.
     pub seed: u64,
+}
+
+impl Config {
+    /// Returns the rules that divide the KV of each request into chunks.
+    pub(super) fn chunking(&self) -> Chunking {
+        match &self.layout {
+            Some(layout) if !layout.groups.is_empty() => Chunking::of(layout),
+            _ => Chunking::plain(self.token_bytes, self.chunk_tokens),
+        }
+    }
 }
 
 /// A written chunk whose checksum the caller must compare before the state machine gets the

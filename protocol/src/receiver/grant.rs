@@ -8,7 +8,6 @@ use rand::Rng;
 use super::reclaim::Blocked;
 use super::request::{Allocation, Chunk, Lease, Pending};
 use super::{Action, Receiver, SenderId, bounded};
-use crate::layout::{chunk_span, chunks_of};
 use crate::message::{AllocResponse, AllocResponseX, More, ToSender};
 use crate::receiver::Route;
 use crate::{LeaseId, Reason, RequestId, VERSION};
@@ -115,7 +114,7 @@ impl Receiver {
                 }
             }
             None if pending.park.is_some() => {}
-            None if pending.request.keys.len() > self.host_quota(&pending.host) => {
+            None if pending.wanted > self.host_quota(&pending.host) => {
                 self.refuse_and_end(id, Reason::TooLarge);
             }
             None => {
@@ -153,7 +152,7 @@ impl Receiver {
         else {
             return Admission::Over;
         };
-        let (wanted, host) = (pending.request.keys.len(), pending.host.clone());
+        let (wanted, host) = (pending.wanted, pending.host.clone());
         if exposed.to(&host, self) + wanted > self.host_quota(&host) {
             return Admission::Waits;
         }
@@ -193,7 +192,6 @@ impl Receiver {
     /// Turns the held alloc request into a lease and returns the lease's id.
     fn lease_for(&mut self, id: &RequestId, have_tokens: u32) -> Option<LeaseId> {
         let lease_id = LeaseId(self.rng.random());
-        let chunk_tokens = self.config.chunk_tokens;
         let request = self.requests.get_mut(id)?;
         let Allocation::Pending(pending) =
             std::mem::replace(&mut request.allocation, Allocation::None)
@@ -211,14 +209,13 @@ impl Receiver {
         // that ends at once.
         let term =
             bounded(x.lease_ms, self.config.max_lease).max(MIN_LEASE.min(self.config.max_lease));
-        let chunks = (0..chunks_of(x.tokens, chunk_tokens))
-            .map(|i| {
-                // A chunk whose tokens the engine already has needs no slot.
-                let (from, to) = chunk_span(i, x.tokens, have_tokens, chunk_tokens);
-                if from < to {
-                    Chunk::Waiting
-                } else {
+        let plan = self.chunking.plan(x.tokens, have_tokens);
+        let chunks = (0..plan.chunks())
+            .map(|chunk| {
+                if plan.is_empty(chunk) {
                     Chunk::Skipped
+                } else {
+                    Chunk::Waiting
                 }
             })
             .collect();
@@ -288,6 +285,11 @@ impl Receiver {
             self.waiting.push_back(id.clone());
         }
         self.send_response(id);
+        // If no chunk has to move, no `Written` will come.
+        let lease = self.requests.get(id).and_then(|r| r.lease());
+        if lease.is_some_and(Lease::is_written) {
+            self.landed(id, &[]);
+        }
     }
 
     /// Answers the alloc request of a lease with the lease's current slots. A repeated alloc

@@ -334,7 +334,9 @@ impl Receiver {
         } else {
             full
         };
-        (1..=full).contains(&asked.last_chunk_toks)
+        // LMCache knows no groups of layers.
+        layout.groups.is_empty()
+            && (1..=full).contains(&asked.last_chunk_toks)
             && asked.fmt == layout.format()
             && asked.dtype == layout.dtype
             && asked.shape == layout.shape(first)

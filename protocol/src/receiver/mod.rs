@@ -46,9 +46,10 @@ use std::time::Duration;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
+use crate::plan::Chunking;
+use crate::slots::Slots;
 use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
-use crate::slots::Slots;
 use ended::Ended;
 pub use events::{Action, Config, Event, Gauges, Route, SenderId, Unchecked};
 use fetch::Fetches;
@@ -60,6 +61,7 @@ use request::{Allocation, Chunk, Lease, Request};
 #[derive(Debug)]
 pub struct Receiver {
     config: Config,
+    chunking: Chunking,
     now: Time,
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
@@ -97,6 +99,7 @@ impl Receiver {
     pub fn new(config: Config) -> Self {
         Self {
             now: Time::default(),
+            chunking: config.chunking(),
             slots: Slots::new(config.slots),
             requests: BTreeMap::new(),
             leases: BTreeMap::new(),

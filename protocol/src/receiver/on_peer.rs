@@ -3,7 +3,6 @@
 use super::ended::Question;
 use super::request::{Allocation, Chunk, Pending, Request};
 use super::{Receiver, Route, SenderId, Unchecked, bounded};
-use crate::layout::chunks_of;
 use crate::message::{
     Ack, AllocRequest, AllocResponse, AllocResponseX, AllocX, CancelNotif, Extend, Slots,
     ToReceiver, ToSender, Unwanted, Written,
@@ -64,6 +63,7 @@ impl Receiver {
         }
         let park = (x.park_ms > 0).then(|| self.now + bounded(x.park_ms, self.config.max_wait));
         let wait = self.now + bounded(x.wait_ms, self.config.max_wait);
+        let wanted = self.chunking.plan(x.tokens, 0).wanted();
         self.make_way(&id, |old| gives_way_to_question(old, &host));
         let request = self
             .requests
@@ -75,6 +75,7 @@ impl Receiver {
             host,
             request: asked,
             x,
+            wanted,
             park,
             // The wait for slots must not end before the wait for the decode request.
             wait: wait.max(park.unwrap_or_default()),
@@ -133,7 +134,7 @@ impl Receiver {
         if x.to_epoch != self.config.epoch {
             return Err(Reason::StaleEpoch);
         }
-        let chunks = chunks_of(x.tokens, self.config.chunk_tokens) as usize;
+        let chunks = self.chunking.plan(x.tokens, 0).chunks() as usize;
         if asked.req_id.is_empty() || asked.keys.is_empty() || chunks != asked.keys.len() {
             return Err(Reason::BadRequest);
         }
@@ -234,14 +235,14 @@ impl Receiver {
         let Some(id) = self.leased(route, written.lease, written.epoch) else {
             return;
         };
-        let (token_bytes, chunk_tokens) = (self.config.token_bytes, self.config.chunk_tokens);
         let mut landed = Vec::new();
         let mut closed = Vec::new();
         if let Some(request) = self.requests.get_mut(&id) {
             let record = &mut request.record;
             if let Allocation::Leased(lease) = &mut request.allocation {
-                for (&position, &index) in written.chunks.iter().zip(&written.indexes) {
-                    let position = position as usize;
+                let plan = lease.plan(&self.chunking);
+                for (&chunk, &index) in written.chunks.iter().zip(&written.indexes) {
+                    let position = chunk as usize;
                     let Some(Chunk::Open { slot, .. }) = lease.chunks.get(position).copied() else {
                         continue; // a repetition
                     };
@@ -250,9 +251,8 @@ impl Receiver {
                     if slot.0 != index {
                         continue;
                     }
-                    let (from, to) = lease.span(position, chunk_tokens);
                     record.chunks += 1;
-                    record.bytes += u64::from(to - from) * token_bytes;
+                    record.bytes += plan.size(chunk);
                     lease.chunks[position] = Chunk::Written { slot };
                     landed.push(position);
                     closed.push(slot);
@@ -288,6 +288,7 @@ impl Receiver {
         if lease.end_reason.is_some() {
             return Vec::new(); // no engine will read this KV
         }
+        let plan = lease.plan(&self.chunking);
         let mut seen = HashSet::new();
         let named = written.chunks.iter().zip(&written.indexes);
         named
@@ -300,12 +301,10 @@ impl Receiver {
                 if slot.0 != index || !seen.insert(chunk) {
                     return None;
                 }
-                let (from, to) = lease.span(position, self.config.chunk_tokens);
-                let bytes = u64::from(to - from) * self.config.token_bytes;
                 Some(Unchecked {
                     chunk,
                     slot,
-                    bytes,
+                    bytes: plan.size(chunk),
                     sum,
                 })
             })

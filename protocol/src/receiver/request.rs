@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::ended::Heard;
 use super::{Route, SenderId};
-use crate::layout::chunk_span;
 use crate::message::{AllocRequest, AllocX};
+use crate::plan::{Chunking, Plan};
 use crate::record::Record;
 use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
@@ -59,6 +59,8 @@ pub(super) struct Pending {
     pub(super) host: String,
     pub(super) request: AllocRequest,
     pub(super) x: AllocX,
+    /// Number of slots that the request needs if the decode side has no tokens.
+    pub(super) wanted: usize,
     /// Time until which the receiver waits for the decode request. Absent: the receiver no longer
     /// waits for the decode request.
     pub(super) park: Option<Time>,
@@ -103,7 +105,8 @@ pub(super) struct Lease {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Chunk {
-    /// The decode side already has the tokens of this chunk, so the chunk never gets a slot.
+    /// Nothing of this chunk has to move: the decode side already has its tokens, or needs none of
+    /// them. The chunk never gets a slot.
     Skipped,
     /// The chunk has no slot yet.
     Waiting,
@@ -129,11 +132,9 @@ impl Chunk {
 }
 
 impl Lease {
-    /// Returns the tokens `[from, to)` that chunk `index` carries.
-    pub(super) fn span(&self, index: usize, chunk_tokens: u32) -> (u32, u32) {
-        // A lease has at most `max_keys` chunks, far below u32::MAX.
-        let index = u32::try_from(index).unwrap_or(u32::MAX);
-        chunk_span(index, self.tokens, self.first_token, chunk_tokens)
+    /// Returns what each chunk carries.
+    pub(super) fn plan<'a>(&self, chunking: &'a Chunking) -> Plan<'a> {
+        chunking.plan(self.tokens, self.first_token)
     }
 
     /// Returns true if every chunk has been read or was skipped.

@@ -2,7 +2,6 @@
 
 use super::request::{Chunk, Phase, Request, Told};
 use super::{Action, After, Link, Sender, WatchId};
-use crate::layout::chunks_of;
 use crate::local::{Computing, Reserve, Staged, Target};
 use crate::message::{AllocRequest, AllocX, ToReceiver};
 use crate::{EngineId, Epoch, Reason, RequestId, VERSION};
@@ -84,7 +83,7 @@ impl Sender {
 
     /// Checks whether the sender can start a request, and returns the reason if it cannot.
     fn admit(&self, asked: &Reserve) -> Result<(), Reason> {
-        let chunks = chunks_of(asked.tokens, self.config.layout.chunk_tokens) as usize;
+        let chunks = self.chunking.plan(asked.tokens, 0).chunks() as usize;
         if self.config.push_off {
             Err(Reason::PushOff)
         } else if self.draining {
@@ -156,7 +155,9 @@ impl Sender {
     ) -> AllocRequest {
         let layout = &self.config.layout;
         let full = layout.chunk_tokens;
-        let last = request.tokens - (u32::try_from(request.keys.len()).unwrap_or(1) - 1) * full;
+        // The chunks of the state come after the last chunk of tokens.
+        let full_chunks = request.plan(&self.chunking).token_chunks() - 1;
+        let last = request.tokens - full_chunks * full;
         let lease = self.config.heartbeat * HEARTBEATS_PER_LEASE;
         AllocRequest {
             keys: request.keys.clone(),

@@ -36,7 +36,6 @@ pub(super) use self::store::Store;
 use super::request::{Fetched, Phase, Request, Term};
 use super::{Action, FetcherId, Sender};
 use crate::keep::{Fetch, Gone, OfToken, ToFetcher, ToKeeper};
-use crate::layout::chunks_of;
 use crate::local::{Keep, Reserve};
 use crate::record::Record;
 use crate::{EngineId, Epoch, Reason, RequestId, Token, VERSION};
@@ -86,7 +85,7 @@ impl Sender {
 
     /// Checks whether KV can be kept, and returns the reason if it cannot.
     fn admit_keep(&self, asked: &Keep) -> Result<(), Reason> {
-        let chunks = chunks_of(asked.tokens, self.config.layout.chunk_tokens) as usize;
+        let chunks = self.chunking.plan(asked.tokens, 0).chunks() as usize;
         if self.config.push_off {
             Err(Reason::PushOff)
         } else if self.draining {

@@ -23,6 +23,7 @@
 //!   arrive.
 //! * The receiver does not tell which tokens the decode side already has, and it grants no slots
 //!   later (no window). An answer with −1 ends the request with `no_room`.
+//! * LMCache knows no groups of layers, so the sender refuses its receivers if the layout has groups.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -80,6 +81,9 @@ impl Sender {
         };
         if request.keys.iter().any(|key| is_tagged(key)) {
             return self.end(id, Reason::KeyMismatch);
+        }
+        if !self.config.layout.groups.is_empty() {
+            return self.end(id, Reason::LayoutMismatch);
         }
         if let Some(Link::Lmcache(link)) = self.links.get(&request.to) {
             request.record.transport.clone_from(&link.transport);
@@ -167,14 +171,13 @@ impl Sender {
         let mut link = None;
         if let Some(request) = self.requests.get_mut(id) {
             total = u32::try_from(request.keys.len()).unwrap_or(u32::MAX);
-            for index in 0..request.chunks.len() {
-                let (from, to) = request.span(index, full);
-                let chunk = &mut request.chunks[index];
+            let plan = request.plan(&self.chunking);
+            for (index, chunk) in (0u32..).zip(&mut request.chunks) {
                 if let Chunk::Full { from: slot } = *chunk {
                     *chunk = Chunk::Asked { from: slot };
-                    chunks.push(u32::try_from(index).unwrap_or(u32::MAX));
-                    keys.push(request.keys[index].clone());
-                    last_chunk_toks = to - from;
+                    chunks.push(index);
+                    keys.push(request.keys[index as usize].clone());
+                    last_chunk_toks = plan.needs(index) - index * full;
                 } else {
                     more |= matches!(
                         chunk,
@@ -242,10 +245,6 @@ impl Sender {
 
     /// Posts one write for all chunks that have got a slot.
     fn on_places(&mut self, id: &RequestId, places: &[(u32, Option<SlotIndex>)]) {
-        let (chunk_tokens, token_bytes) = (
-            self.config.layout.chunk_tokens,
-            self.config.layout.token_bytes().unwrap_or(0),
-        );
         let now = self.now;
         let Some(request) = self.requests.get_mut(id) else {
             return;
@@ -256,9 +255,9 @@ impl Sender {
             request.record.alloc_us = now.micros_since(request.since);
         }
         let transfer = TransferId(self.next_transfer);
+        let plan = request.plan(&self.chunking);
         let mut pieces = Vec::new();
         for &(index, slot) in places {
-            let (begin, end) = request.span(index as usize, chunk_tokens);
             let Some(chunk) = request.chunks.get_mut(index as usize) else {
                 continue;
             };
@@ -276,7 +275,7 @@ impl Sender {
                 from,
                 to,
                 offset: 0,
-                bytes: u64::from(end - begin) * token_bytes,
+                bytes: plan.size(index),
             });
         }
         request.progress = now;

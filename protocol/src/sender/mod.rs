@@ -28,6 +28,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::local::Target;
 use crate::message::ToReceiver;
+use crate::plan::Chunking;
 use crate::slots::Slots;
 use crate::{EngineId, Epoch, LeaseId, Reason, RequestId, Time, TransferId};
 
@@ -42,6 +43,7 @@ use teardown::PATIENCE;
 #[derive(Debug)]
 pub struct Sender {
     config: Config,
+    chunking: Chunking,
     now: Time,
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
@@ -78,6 +80,7 @@ impl Sender {
     pub fn new(config: Config) -> Self {
         Self {
             now: Time::default(),
+            chunking: Chunking::of(&config.layout),
             slots: Slots::new(config.slots),
             requests: BTreeMap::new(),
             store: Store::default(),

@@ -2,7 +2,6 @@
 
 use super::request::{Chunk, Lease, Phase, Told};
 use super::{Action, GRAVES, Link, Sender};
-use crate::layout::chunk_span;
 use crate::local::{Granted, Target};
 use crate::message::{
     Ack, AllocResponse, CancelNotif, CancelX, More, ToReceiver, ToSender, Unwanted,
@@ -73,19 +72,18 @@ impl Sender {
     /// Notes the slots that the receiver has granted with a lease.
     fn on_lease(&mut self, id: &RequestId, response: &AllocResponse, lease: LeaseId) {
         let now = self.now;
-        let chunk_tokens = self.config.layout.chunk_tokens;
         let Some(x) = &response.x else {
             return;
         };
         let Some(request) = self.requests.get_mut(id) else {
             return;
         };
+        let plan = self.chunking.plan(request.tokens, x.have_tokens);
         let mut indexes = response.remote_indexes.iter();
         let mut sound = x.have_tokens < request.tokens;
         for (position, chunk) in (0u32..).zip(&mut request.chunks) {
-            let (from, end) = chunk_span(position, request.tokens, x.have_tokens, chunk_tokens);
             let skipped = response.already_sent_indexes.contains(&position);
-            sound &= skipped == (from >= end);
+            sound &= skipped == plan.is_empty(position);
             if skipped {
                 *chunk = Chunk::Skipped;
                 continue;
@@ -119,6 +117,11 @@ impl Sender {
         if let Some(engine) = request.engine {
             let granted = Granted::nothing(id.clone(), x.have_tokens);
             self.actions.push_back(Action::Granted(engine, granted));
+        }
+        // The decode side needs nothing: its window, for example, begins after the last token.
+        if request.is_done() {
+            self.tell_done(id, None);
+            self.forget(id);
         }
     }
 

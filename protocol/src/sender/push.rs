@@ -13,7 +13,6 @@ impl Sender {
         if self.slots.free() == 0 {
             return;
         }
-        let chunk_tokens = self.config.layout.chunk_tokens;
         let mut order: Vec<(u64, RequestId)> = self
             .requests
             .iter()
@@ -31,27 +30,26 @@ impl Sender {
             };
             let have_tokens = request.lease().map_or(0, |l| l.have_tokens);
             let mut granted = Granted::nothing(id.clone(), have_tokens);
-            for index in 0..request.chunks.len() {
-                let to = match request.chunks[index] {
+            let plan = request.plan(&self.chunking);
+            for (index, chunk) in (0u32..).zip(&mut request.chunks) {
+                let to = match *chunk {
                     Chunk::Remote { to } => Some(to),
                     Chunk::Waiting if matches!(request.phase, Phase::Feeding(_)) => None,
                     _ => continue,
                 };
                 // The engine completes chunks in order. If a later chunk got a slot now, the slot
                 // would stay empty until the engine completes this chunk.
-                if request.span(index, chunk_tokens).1 > request.upto {
+                if plan.needs(index) > request.upto {
                     break;
                 }
                 let Some(from) = self.slots.take() else {
                     break;
                 };
-                request.chunks[index] = match to {
+                *chunk = match to {
                     Some(to) => Chunk::Granted { from, to },
                     None => Chunk::Filling { from },
                 };
-                granted
-                    .chunks
-                    .push(u32::try_from(index).unwrap_or(u32::MAX));
+                granted.chunks.push(index);
                 granted.slots.push(from.0);
             }
             if let (Some(engine), false) = (request.engine, granted.chunks.is_empty()) {
@@ -63,10 +61,6 @@ impl Sender {
 
     /// Posts one write for all gathered chunks, which are the chunks of one `Staged` message.
     pub(super) fn post(&mut self, id: &RequestId, after: Option<After>, layers: Vec<LayersStaged>) {
-        let (chunk_tokens, token_bytes) = (
-            self.config.layout.chunk_tokens,
-            self.config.layout.token_bytes().unwrap_or(0),
-        );
         let now = self.now;
         let transfer = TransferId(self.next_transfer);
         let Some(request) = self.requests.get_mut(id) else {
@@ -76,16 +70,16 @@ impl Sender {
             return;
         }
         // All chunks are in one write, so that one `Written` is enough.
+        let plan = request.plan(&self.chunking);
         let mut pieces = Vec::new();
-        for index in 0..request.chunks.len() {
-            if let Chunk::Staged { from, to } = request.chunks[index] {
-                let (begin, end) = request.span(index, chunk_tokens);
-                request.chunks[index] = Chunk::Posted { from, to, transfer };
+        for (index, chunk) in (0u32..).zip(&mut request.chunks) {
+            if let Chunk::Staged { from, to } = *chunk {
+                *chunk = Chunk::Posted { from, to, transfer };
                 pieces.push(Piece {
                     from,
                     to,
                     offset: 0,
-                    bytes: u64::from(end - begin) * token_bytes,
+                    bytes: plan.size(index),
                 });
             }
         }
@@ -211,31 +205,27 @@ impl Sender {
         began: Option<Time>,
     ) -> Option<RequestId> {
         let id = self.transfers.remove(&transfer)?;
-        let (chunk_tokens, token_bytes) = (
-            self.config.layout.chunk_tokens,
-            self.config.layout.token_bytes().unwrap_or(0),
-        );
         let now = self.now;
         let request = self.requests.get_mut(&id)?;
+        let plan = request.plan(&self.chunking);
         let mut sums = sums.iter();
-        for index in 0..request.chunks.len() {
+        for (index, chunk) in (0u32..).zip(&mut request.chunks) {
             let Chunk::Posted {
                 from,
                 to,
                 transfer: posted,
-            } = request.chunks[index]
+            } = *chunk
             else {
                 continue;
             };
             if posted != transfer {
                 continue;
             }
-            request.chunks[index] = next(sums.next().copied(), to);
+            *chunk = next(sums.next().copied(), to);
             self.slots.give(from);
-            if request.chunks[index].is_done() {
-                let (begin, end) = request.span(index, chunk_tokens);
+            if chunk.is_done() {
                 request.record.chunks += 1;
-                request.record.bytes += u64::from(end - begin) * token_bytes;
+                request.record.bytes += plan.size(index);
             }
         }
         request.progress = now;

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::{FetcherId, WatchId};
-use crate::layout::chunk_span;
 use crate::local::{Reserve, Target};
+use crate::plan::{Chunking, Plan};
 use crate::record::Record;
 use crate::{EngineId, Epoch, LeaseId, Reason, SlotIndex, Time, Token, TransferId};
 
@@ -132,7 +132,8 @@ pub(super) struct Told {
 /// One chunk of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Chunk {
-    /// The decode side already has the tokens of this chunk.
+    /// Nothing of this chunk has to move: the decode side already has its tokens, or needs none of
+    /// them.
     Skipped,
     /// The receiver has granted no slot yet.
     Waiting,
@@ -230,12 +231,10 @@ impl Request {
         }
     }
 
-    /// Returns the tokens `[from, to)` that chunk `index` carries.
-    pub(super) fn span(&self, index: usize, chunk_tokens: u32) -> (u32, u32) {
+    /// Returns what each chunk carries.
+    pub(super) fn plan<'a>(&self, chunking: &'a Chunking) -> Plan<'a> {
         let have = self.lease().map_or(0, |l| l.have_tokens);
-        // `admit` bounds the number of chunks by the number of keys.
-        let index = u32::try_from(index).unwrap_or(u32::MAX);
-        chunk_span(index, self.tokens, have, chunk_tokens)
+        chunking.plan(self.tokens, have)
     }
 
     pub(super) fn is_done(&self) -> bool {

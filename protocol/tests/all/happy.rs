@@ -2,9 +2,12 @@
 //! test advances the time.
 
 use protocol::local::{Await, Computing, Release, Reserve, Staged, Target};
+use protocol::plan::Chunking;
 use protocol::receiver::{self, Receiver, Route};
 use protocol::sender::{self, Sender};
 use protocol::{EngineId, Epoch, Layout, RequestId, Time};
+
+use crate::setup::group;
 
 const CHUNK: u32 = 256;
 
@@ -21,12 +24,12 @@ fn layout() -> Layout {
     }
 }
 
-fn pair(send_slots: u32, land_slots: u32) -> (Sender, Receiver) {
+fn pair(layout: &Layout, send_slots: u32, land_slots: u32) -> (Sender, Receiver) {
     let sender = Sender::new(sender::Config {
-        layout: layout(),
+        layout: layout.clone(),
         ..crate::setup::sender(send_slots)
     });
-    let receiver = Receiver::new(crate::setup::receiver_of(layout(), land_slots));
+    let receiver = Receiver::new(crate::setup::receiver_of(layout.clone(), land_slots));
     (sender, receiver)
 }
 
@@ -38,7 +41,20 @@ fn check(
     park_first: bool,
     overlap: bool,
 ) {
-    let (mut p, mut d) = pair(send_slots, land_slots);
+    let slots = (send_slots, land_slots);
+    check_of(&layout(), tokens, have, slots, park_first, overlap);
+}
+
+fn check_of(
+    layout: &Layout,
+    tokens: u32,
+    have: u32,
+    (send_slots, land_slots): (u32, u32),
+    park_first: bool,
+    overlap: bool,
+) {
+    let chunking = Chunking::of(layout);
+    let (mut p, mut d) = pair(layout, send_slots, land_slots);
     let (pe, de) = (EngineId(1), EngineId(2));
     let to = Target {
         host: "h".into(),
@@ -46,9 +62,8 @@ fn check(
         alloc_port: 2,
     };
     let req = RequestId::from("r");
-    let keys: Vec<String> = (0..tokens.div_ceil(CHUNK))
-        .map(|i| format!("k{i}"))
-        .collect();
+    let chunks = chunking.plan(tokens, 0).chunks();
+    let keys: Vec<String> = (0..chunks).map(|i| format!("k{i}")).collect();
     let now = Time(1);
     let parked = Await {
         req: req.clone(),
@@ -187,12 +202,13 @@ fn check(
     }
     let (p_ended, d_ended) = (p_ended.unwrap(), d_ended.unwrap());
     assert_eq!((p_ended.reason, d_ended.reason), (None, None));
-    let sent = if park_first || overlap {
-        tokens - have
-    } else {
-        tokens
-    };
-    let bytes = u64::from(sent) * layout().token_bytes().unwrap();
+    let known = if park_first || overlap { have } else { 0 };
+    let plan = chunking.plan(tokens, known);
+    let bytes: u64 = (0..chunks).map(|chunk| plan.size(chunk)).sum();
+    if layout.groups.is_empty() {
+        let all = u64::from(tokens - known) * layout.token_bytes().unwrap();
+        assert_eq!(bytes, all);
+    }
     assert_eq!((p_ended.bytes, d_ended.bytes), (bytes, bytes));
     assert!(p.is_idle() && d.is_idle(), "{p:?} {d:?}");
 }
@@ -220,4 +236,39 @@ fn an_overlapped_request_waits_for_the_decode_side_to_say_what_it_has() {
 fn data_may_come_before_the_decode_request() {
     check(1500, 0, 8, 8, false, false);
     check(1500, 1472, 8, 8, false, false);
+}
+
+#[test]
+fn groups_of_layers_move_what_the_plan_says() {
+    let with = |groups| Layout { groups, ..layout() };
+    let layouts = [
+        vec![group("full", 512, 0), group("window", 256, 400)],
+        vec![group("full", 512, 0), group("state", 300_000, 0)],
+        vec![group("state", 5000, 0), group("state", 7000, 0)],
+        vec![group("window", 64, 300)],
+        vec![group("chunked", 128, 512), group("full", 32, 0)],
+    ];
+    for groups in layouts {
+        let layout = with(groups);
+        for (tokens, have) in [(1, 0), (1500, 0), (1500, 300), (1500, 1472), (1536, 1300)] {
+            for slots in [(8, 8), (2, 2)] {
+                check_of(&layout, tokens, have, slots, true, true);
+            }
+            for overlap in [true, false] {
+                check_of(&layout, tokens, have, (16, 16), false, overlap);
+            }
+        }
+    }
+}
+
+/// A window of one token contains only the token that the decode side computes.
+#[test]
+fn a_request_of_which_nothing_moves_ends_well() {
+    let nothing = Layout {
+        groups: vec![group("window", 64, 1)],
+        ..layout()
+    };
+    check_of(&nothing, 1500, 0, (8, 8), true, true);
+    check_of(&nothing, 1500, 300, (8, 8), false, true);
+    check_of(&nothing, 1500, 0, (8, 8), false, false);
 }

@@ -13,6 +13,7 @@ mod kept_cross;
 mod kept_faults;
 mod last_word;
 mod lists;
+mod lmcache_groups;
 mod lmcache_receivers;
 mod lmcache_senders;
 mod plans;

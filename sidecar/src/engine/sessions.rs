@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use protocol::local::{CudaMemory, EngineHello, Keeper, Refused, ToEngine, Welcome};
+use protocol::plan::Chunking;
 use protocol::{EngineId, Epoch, Layout, Reason, VERSION};
 use serde_bytes::ByteBuf;
 use tracing::{info, warn};
@@ -51,6 +52,16 @@ pub(crate) struct SlotLayout {
     pub(crate) slot_bytes: u64,
     /// Random number that is new for each slot layout.
     pub(crate) epoch: Epoch,
+}
+
+/// The buffer and the settings that a slot layout must fit.
+#[derive(Debug)]
+struct Limits {
+    buffer_bytes: u64,
+    /// Tokens of a chunk as configured; absent if the engine decides.
+    chunk_tokens: Option<u32>,
+    /// Tokens that must fit into the buffer at the same time.
+    max_prefill_tokens: u32,
 }
 
 /// Smallest number of slots: the engine reads one slot while the sender writes another.
@@ -295,18 +306,25 @@ impl Engines {
                 );
             }
         }
-        self.slot_layout_for(&hello.layout)
-            .map(|slot_layout| (slot_layout, true))
+        let limits = Limits {
+            buffer_bytes: self.buffer.bytes(),
+            chunk_tokens: self.chunk_tokens,
+            max_prefill_tokens: self.max_prefill_tokens,
+        };
+        SlotLayout::of(&hello.layout, &limits).map(|slot_layout| (slot_layout, true))
     }
+}
 
-    fn slot_layout_for(&self, layout: &Layout) -> Result<SlotLayout, Refused> {
+impl SlotLayout {
+    /// Divides the buffer into slots of the size of a chunk.
+    fn of(layout: &Layout, limits: &Limits) -> Result<Self, Refused> {
         let refuse = |text| {
             Err(Refused {
                 reason: Reason::LayoutMismatch,
                 text,
             })
         };
-        if let Some(configured) = self.chunk_tokens
+        if let Some(configured) = limits.chunk_tokens
             && configured != layout.chunk_tokens
         {
             return refuse(format!(
@@ -315,31 +333,38 @@ impl Engines {
                 layout.chunk_tokens
             ));
         }
+        if let Err(fault) = layout.check() {
+            return refuse(format!(
+                "the layout of the engine's KV is malformed: {fault}"
+            ));
+        }
         let Some(slot_bytes) = layout.chunk_bytes().filter(|&bytes| bytes > 0) else {
             return refuse(format!(
                 "a chunk of this layout has 0 bytes or too many: {layout:?}"
             ));
         };
-        let slots = self.buffer.bytes() / slot_bytes;
+        let slots = limits.buffer_bytes / slot_bytes;
         if slots < u64::from(MIN_SLOTS) {
             return refuse(format!(
                 "pd_buffer_size of {} bytes holds {slots} chunks of {slot_bytes} bytes; at least \
                  {MIN_SLOTS} are needed: set it to {} or more",
-                self.buffer.bytes(),
+                limits.buffer_bytes,
                 slot_bytes * u64::from(MIN_SLOTS)
             ));
         }
-        let room = slots * u64::from(layout.chunk_tokens);
-        if room < u64::from(self.max_prefill_tokens) {
+        // A state takes slots of its own, and even the shortest prompt has a state.
+        let longest = limits.max_prefill_tokens.max(1);
+        let needed = Chunking::of(layout).plan(longest, 0).wanted() as u64;
+        if slots < needed {
+            let room = slots * u64::from(layout.chunk_tokens);
             return refuse(format!(
-                "pd_buffer_size of {} bytes holds {room} tokens and pd_max_prefill_len asks for {}: \
-                 set the buffer to {} bytes or more",
-                self.buffer.bytes(),
-                self.max_prefill_tokens,
-                slot_bytes * u64::from(self.max_prefill_tokens.div_ceil(layout.chunk_tokens))
+                "pd_buffer_size of {} bytes holds {slots} chunks ({room} tokens), and a prompt of {longest} tokens \
+                 (pd_max_prefill_len) needs {needed}: set the buffer to {} bytes or more",
+                limits.buffer_bytes,
+                slot_bytes.saturating_mul(needed)
             ));
         }
-        Ok(SlotLayout {
+        Ok(Self {
             layout: layout.clone(),
             slots: u32::try_from(slots).unwrap_or(u32::MAX),
             slot_bytes,
@@ -347,3 +372,6 @@ impl Engines {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

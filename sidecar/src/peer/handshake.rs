@@ -244,6 +244,23 @@ async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked
         });
     }
 
+    if introduced.x.is_none()
+        && let Some(layout) = &ours.hello.layout
+        && !layout.groups.is_empty()
+    {
+        return Err(InitError::Refused {
+            peer: peer.to_owned(),
+            refusal: Refusal {
+                reason: Reason::LayoutMismatch,
+                text: format!(
+                    "groups: the receiver is LMCache, which has no KV with several groups of layers, and this model \
+                     has {}: use the pd-sidecar connector on both sides",
+                    layout.groups.len()
+                ),
+            },
+        });
+    }
+
     // LMCache's receiver looks up the sender's rows in the sender's metadata, and its process ends if the
     // sender sends no row. A sidecar's receiver needs no row, so this sender sends no row to a sidecar: the
     // receiver need not know addresses of the sender's memory.

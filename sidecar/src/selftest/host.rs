@@ -70,7 +70,7 @@ impl Selftest {
         };
         let prefill = connect(EngineRole::Prefill).await?;
         let decode = connect(EngineRole::Decode).await?;
-        let mut rounds = Rounds::new(prefill, decode, Box::new(content), to, layout);
+        let mut rounds = Rounds::new(prefill, decode, Box::new(content), to, &layout);
         rounds.run(seconds).await?;
         Ok(rounds)
     }

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use protocol::layout::{chunk_span, chunks_of};
 use protocol::local::{Await, Release, Reserve, Staged, Target, ToEngine, ToSidecar};
+use protocol::plan::Chunking;
 use protocol::{Layout, RequestId};
 
 use super::engine::Engine;
@@ -15,7 +15,8 @@ pub(super) struct Rounds {
     decode: Engine,
     content: Box<dyn Content>,
     to: Target,
-    layout: Layout,
+    chunk_tokens: u32,
+    chunking: Chunking,
     /// Time at which the last chunks of this request were reported as staged.
     staged: Instant,
     /// Chunks of this request that are ready to be read.
@@ -82,14 +83,15 @@ impl Rounds {
         decode: Engine,
         content: Box<dyn Content>,
         to: Target,
-        layout: Layout,
+        layout: &Layout,
     ) -> Self {
         Self {
             content,
             prefill,
             decode,
             to,
-            layout,
+            chunk_tokens: layout.chunk_tokens,
+            chunking: Chunking::of(layout),
             staged: Instant::now(),
             ready: Vec::new(),
             chunks: 0,
@@ -108,7 +110,7 @@ impl Rounds {
         while Instant::now() < end {
             let chunks = if round % SINGLE_EVERY == 0 { 1 } else { slots };
             // A request of several chunks ends with a partial chunk, because real prompts do.
-            let tokens = chunks * self.layout.chunk_tokens - if chunks > 1 { 100 } else { 0 };
+            let tokens = chunks * self.chunk_tokens - if chunks > 1 { 100 } else { 0 };
             let when = if round % LATE_EVERY == 0 {
                 When::Later
             } else {
@@ -124,7 +126,7 @@ impl Rounds {
 
     async fn request(&mut self, round: u64, tokens: u32, when: When) -> anyhow::Result<()> {
         let req = RequestId(format!("selftest-{round}"));
-        let count = chunks_of(tokens, self.layout.chunk_tokens);
+        let count = self.chunking.plan(tokens, 0).chunks();
         let keys: Vec<String> = (0..count)
             .map(|i| format!("selftest@1@0@{round:x}{i:08x}@uint8"))
             .collect();
@@ -203,7 +205,7 @@ impl Rounds {
             ToEngine::Ready(ready) => {
                 let places = self.places(&ready.chunks, &ready.slots, tokens);
                 self.ready.extend(places);
-                let count = chunks_of(tokens, self.layout.chunk_tokens) as usize;
+                let count = self.chunking.plan(tokens, 0).chunks() as usize;
                 // A comparison takes longer than the push, so the chunks are compared only after all chunks
                 // have arrived.
                 if self.ready.len() < count {
@@ -246,14 +248,11 @@ impl Rounds {
 
     /// Returns the place of each chunk in a buffer.
     fn places(&self, chunks: &[u32], slots: &[u32], tokens: u32) -> Vec<Place> {
-        let per_token = self.layout.token_bytes().unwrap_or(0);
-        let place = |(&chunk, &slot)| {
-            let (from, to) = chunk_span(chunk, tokens, 0, self.layout.chunk_tokens);
-            Place {
-                chunk,
-                offset: u64::from(slot) * self.prefill.welcome.slot_bytes,
-                bytes: u64::from(to - from) * per_token,
-            }
+        let plan = self.chunking.plan(tokens, 0);
+        let place = |(&chunk, &slot)| Place {
+            chunk,
+            offset: u64::from(slot) * self.prefill.welcome.slot_bytes,
+            bytes: plan.size(chunk),
         };
         chunks.iter().zip(slots).map(place).collect()
     }

@@ -1,7 +1,6 @@
 //! Turns the lent slots of a parked request into a lease, and frees slots that no request claims.
 
 use super::{LAST_PAUSE, Lent, Loan};
-use crate::layout::{chunk_span, chunks_of};
 use crate::receiver::grant::Exposed;
 use crate::receiver::reclaim::Readers;
 use crate::receiver::request::{Allocation, Chunk, Lease};
@@ -29,7 +28,6 @@ impl Receiver {
     /// several synchronous senders have the same prompt, the canaries show which sender has
     /// written.
     pub(in crate::receiver) fn claim(&mut self, id: &RequestId) {
-        let chunk_tokens = self.config.chunk_tokens;
         let Some(parked) = self.requests.get(id).and_then(|r| r.parked.as_ref()) else {
             return;
         };
@@ -39,12 +37,8 @@ impl Receiver {
                 .binary_search_by_key(&(index as usize), |p| p.0)
                 .is_ok()
         };
-        let wanted = |index| {
-            let (from, to) = chunk_span(index, parked.tokens, parked.have_tokens, chunk_tokens);
-            from < to
-        };
-        let chunks = u32::try_from(parked.keys.len()).unwrap_or(u32::MAX);
-        let missing = (0..chunks).any(|index| wanted(index) && !has(index));
+        let plan = self.chunking.plan(parked.tokens, parked.have_tokens);
+        let missing = (0..plan.chunks()).any(|index| !plan.is_empty(index) && !has(index));
         if missing {
             self.lmcache.release(&picks, self.now, Reason::NoSender);
             self.end_parked(id, Reason::NoSender, true);
@@ -101,15 +95,14 @@ impl Receiver {
 
     /// Turns written slots into a lease, as if one of our sidecars had written into them.
     fn take_over(&mut self, id: &RequestId, picks: &[(usize, u64, SlotIndex)]) {
-        let (now, chunk_tokens) = (self.now, self.config.chunk_tokens);
-        let token_bytes = self.config.token_bytes;
+        let now = self.now;
         let parked = self.requests.get(id).and_then(|r| r.parked.as_ref());
         let (Some(parked), Some((route, sender))) = (parked, self.lmcache.source(picks)) else {
             self.lmcache.release(picks, now, Reason::Unclaimed);
             return;
         };
         let (keys, tokens) = (parked.keys.clone(), parked.tokens);
-        let mut chunks = vec![Chunk::Skipped; chunks_of(tokens, chunk_tokens) as usize];
+        let mut chunks = vec![Chunk::Skipped; keys.len()];
         self.lmcache.give_up(picks);
         for &(index, _, slot) in picks {
             chunks[index] = Chunk::Written { slot };
@@ -135,10 +128,10 @@ impl Receiver {
             let record = &mut request.record;
             record.peer = sender.id;
             "nixl".clone_into(&mut record.transport);
+            let plan = lease.plan(&self.chunking);
             for &index in &written {
-                let (from, to) = lease.span(index, chunk_tokens);
                 record.chunks += 1;
-                record.bytes += u64::from(to - from) * token_bytes;
+                record.bytes += plan.size(u32::try_from(index).unwrap_or(u32::MAX));
             }
             self.leases.insert(lease.id, id.clone());
             request.allocation = Allocation::Leased(lease);

@@ -1,6 +1,7 @@
 //! Tests of both sides over a real socket, and of the receiver's side alone.
 
 use common::zmq::{FromPeer, MAX_INIT_BYTES, RouterServer};
+use protocol::groups::Group;
 use protocol::message::Advert;
 use protocol::{Epoch, Layout};
 
@@ -260,6 +261,27 @@ fn lmcache_as_receiver() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn lmcache_gets_no_chunks_with_several_groups() {
+    let (mut sender, receiver) = (identity("s"), identity("r"));
+    let layout = sender.hello.layout.as_mut().unwrap();
+    let bytes = layout.token_bytes().unwrap();
+    layout.groups = vec![Group {
+        kind: "full".to_owned(),
+        bytes,
+        size: 0,
+    }];
+    // A slot at the receiver has the size of the sender's chunk, so only the groups tell.
+    assert_eq!(layout.chunk_bytes(), Some(receiver.pages.slot_bytes));
+    let error = shake(&sender, |request| lmcache_receiver(request, &receiver)).unwrap_err();
+    assert_eq!(error.reason(), Reason::LayoutMismatch);
+    assert!(error.to_string().contains("groups: "), "{error}");
+    // Two sidecars with the same groups fit.
+    let (mut receiver, layout) = (receiver, sender.hello.layout.clone());
+    receiver.hello.layout = layout;
+    shake(&sender, |request| answer(request, &receiver)).unwrap();
 }
 
 #[test]

@@ -15,7 +15,8 @@ use protocol::sender::Piece;
 /// So no byte is in two writes. If a byte were in two writes, the earlier write could arrive last and
 /// overwrite a new byte with an old byte.
 ///
-/// Returns `None` if the ranges do not cover all layers, or if runs would be shorter than a granule.
+/// Returns `None` if the ranges do not cover all layers, if runs would be shorter than a granule, or if the layout
+/// has groups: the layers of a chunk are then not one run of bytes in each plane.
 pub(super) fn divide(
     pieces: &[Piece],
     layers: &[LayersStaged],
@@ -27,7 +28,8 @@ pub(super) fn divide(
         .last()
         .is_some_and(|last| last.below == layout.layers);
     let first = layers.first().is_some_and(|first| first.below > 0);
-    if layers.len() < 2 || !ascending || !whole || !first || granule == 0 {
+    let plain = layout.groups.is_empty();
+    if layers.len() < 2 || !ascending || !whole || !first || granule == 0 || !plain {
         return None;
     }
     let planes = if layout.mla { 1 } else { 2 };
@@ -98,6 +100,7 @@ const DIVIDE_FROM: Duration = Duration::from_micros(200);
 #[cfg(test)]
 mod tests {
     use protocol::SlotIndex;
+    use protocol::groups::Group;
 
     use super::*;
 
@@ -198,6 +201,20 @@ mod tests {
         }
         assert!(check(&[2, 4], 801, 1).is_none(), "no whole layers");
         assert!(check(&[2, 4], 800, 4096).is_none(), "runs within a granule");
+    }
+
+    #[test]
+    fn a_layout_with_groups_is_not_divided() {
+        let group = Group {
+            kind: "full".into(),
+            bytes: 8,
+            size: 0,
+        };
+        let grouped = Layout {
+            groups: vec![group],
+            ..layout(4, false)
+        };
+        assert!(divide(&[piece(800)], &ranges(&[2, 4]), &grouped, 1).is_none());
     }
 
     #[test]

@@ -35,9 +35,11 @@ impl SenderTask {
             .machine
             .as_ref()
             .and_then(|m| m.leased_from(&granted.req));
+        // The layers of a chunk with several groups are not one run of bytes in each plane.
         let bytes = self
             .engines
             .slot_layout()
+            .filter(|slot_layout| slot_layout.layout.groups.is_empty())
             .map(|slot_layout| slot_layout.slot_bytes);
         to.zip(bytes).is_some_and(|(to, bytes)| {
             let bytes = bytes.saturating_mul(granted.chunks.len() as u64);

@@ -73,7 +73,7 @@ impl Selftest {
             init_port: init,
             alloc_port: alloc,
         };
-        let mut rounds = Rounds::new(prefill, decode, Box::new(content), target, layout);
+        let mut rounds = Rounds::new(prefill, decode, Box::new(content), target, &layout);
         // The logs of both processes show the cause of a failed request, and they are deleted with the
         // directory.
         if let Err(error) = rounds.run(seconds).await {
