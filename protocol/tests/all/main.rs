@@ -22,6 +22,7 @@ mod reservations;
 mod setup;
 mod shares;
 mod simulated;
+mod simulated_groups;
 mod two_engines;
 mod work;
 mod world;

@@ -5,13 +5,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use protocol::local::{
     Await, Computing, Ended, Granted, OfRequest, Ready, Release, Reserve, Staged,
 };
+use protocol::plan::Part;
 use protocol::receiver;
 use protocol::sender;
 use protocol::{EngineId, Reason};
 
 use super::kept::{Leg, prefill_id};
+use super::model::Content;
 use super::plan::RequestPlan;
-use super::{CHUNK, Happening, MS, SECOND, World, target};
+use super::{Happening, MS, SECOND, World, target};
 
 /// Simulated prefill engine.
 pub(crate) struct PrefillEngine {
@@ -27,6 +29,8 @@ pub(crate) struct Prefill {
     plan: RequestPlan,
     computed: u32,
     upto: u32,
+    /// Tokens that the decode side has, of the last grant.
+    have: u32,
     granted: BTreeMap<u32, u32>,
     staged: BTreeSet<u32>,
     since: u64,
@@ -55,7 +59,8 @@ pub(crate) struct DecodeEngine {
 struct Decode {
     plan: RequestPlan,
     reading: BTreeMap<u32, u32>,
-    read: BTreeSet<u32>,
+    /// Content of each chunk that was shown.
+    read: BTreeMap<u32, Content>,
     aborted: bool,
     since: u64,
     ended: bool,
@@ -194,7 +199,7 @@ impl World {
             let reserve = Reserve {
                 req: name.as_str().into(),
                 to: target(),
-                keys: keys(&plan),
+                keys: self.keys(&plan),
                 tokens: plan.tokens,
                 upto,
                 overlap: plan.overlap,
@@ -211,6 +216,7 @@ impl World {
             plan,
             computed: 0,
             upto,
+            have: 0,
             granted: BTreeMap::new(),
             staged: BTreeSet::new(),
             since: self.now,
@@ -263,11 +269,11 @@ impl World {
             layers: Vec::new(),
             ..Staged::example()
         };
+        let plan = self.chunking.plan(request.plan.tokens, request.have);
         for (&chunk, &slot) in &request.granted {
-            let end = ((chunk + 1) * CHUNK).min(request.plan.tokens);
-            if end <= request.computed && request.staged.insert(chunk) {
+            if plan.needs(chunk) <= request.computed && request.staged.insert(chunk) {
                 staged.chunks.push(chunk);
-                let content = (request.plan.name.clone(), chunk);
+                let content = (request.plan.name.clone(), plan.parts(chunk));
                 self.wire.send[slot as usize] = Some(content);
             }
         }
@@ -284,6 +290,7 @@ impl World {
         let Some(request) = self.prefill.live.get_mut(&name) else {
             self.fail("slots granted to a request that has ended");
         };
+        request.have = granted.have_tokens;
         for (&chunk, &slot) in granted.chunks.iter().zip(&granted.slots) {
             if request.granted.insert(chunk, slot).is_some() {
                 self.fail("a chunk is granted twice");
@@ -299,6 +306,11 @@ impl World {
         let Some(request) = self.prefill.live.remove(&ended.req.0) else {
             self.fail("a reservation ended twice");
         };
+        let plan = self.chunking.plan(request.plan.tokens, request.have);
+        let bytes: u64 = request.staged.iter().map(|c| plan.size(*c)).sum();
+        if ended.reason.is_none() && ended.bytes != bytes {
+            self.fail(&format!("{ended:?} after {bytes} bytes were pushed"));
+        }
         self.prefill.ended += 1;
         self.prefill.pushed += usize::from(ended.reason.is_none());
         if self.now - request.since > RESERVATION {
@@ -333,7 +345,7 @@ impl World {
         };
         let parked = Await {
             req: name.into(),
-            keys: keys(&plan),
+            keys: self.keys(&plan),
             tokens: plan.tokens,
             have_tokens: plan.have_tokens(),
             deadline_ms: u32::try_from(DEADLINE / MS).unwrap_or(u32::MAX),
@@ -349,7 +361,7 @@ impl World {
         let decode = Decode {
             plan,
             reading: BTreeMap::new(),
-            read: BTreeSet::new(),
+            read: BTreeMap::new(),
             aborted: false,
             since: self.now,
             ended: false,
@@ -362,7 +374,7 @@ impl World {
             return;
         }
         let name = ready.req.0.clone();
-        let Some(request) = self.decode.live.get_mut(&name) else {
+        let Some(request) = self.decode.live.get(&name) else {
             self.fail("chunks of a request that is not parked");
         };
         if request.ended {
@@ -371,17 +383,19 @@ impl World {
         if request.aborted {
             return; // the abort is in flight
         }
+        let plan = request.plan.clone();
         for (&chunk, &slot) in ready.chunks.iter().zip(&ready.slots) {
-            if !request.read.insert(chunk) {
-                self.fail("a chunk is shown twice");
+            let expected = self.content(&plan, ready.first_token, chunk);
+            let found = self.wire.land[slot as usize].as_ref();
+            if found != Some(&expected) {
+                self.fail(&format!("slot {slot} holds {found:?}, not {expected:?}"));
             }
+            let Some(request) = self.decode.live.get_mut(&name) else {
+                return;
+            };
             request.reading.insert(chunk, slot);
-            let expected = Some((request.plan.name.clone(), chunk));
-            if self.wire.land[slot as usize] != expected {
-                let found = self.wire.land[slot as usize].clone();
-                self.fail(&format!(
-                    "slot {slot} holds {found:?} instead of {expected:?}"
-                ));
+            if request.read.insert(chunk, expected).is_some() {
+                self.fail("a chunk is shown twice");
             }
             self.wire.reading.insert(slot);
         }
@@ -407,7 +421,7 @@ impl World {
         for chunk in &chunks {
             if let Some(slot) = request.reading.remove(chunk) {
                 self.wire.reading.remove(&slot);
-                if self.wire.land[slot as usize] != Some((request.plan.name.clone(), *chunk)) {
+                if self.wire.land[slot as usize].as_ref() != request.read.get(chunk) {
                     self.fail(&format!("slot {slot} changed while it was read"));
                 }
             }
@@ -455,12 +469,14 @@ impl World {
         }
         request.ended = true;
         let late = self.now - request.since > DEADLINE + SECOND;
-        let have = request.plan.have_tokens();
-        let complete = (have / CHUNK..request.plan.tokens.div_ceil(CHUNK))
-            .filter(|c| ((c + 1) * CHUNK).min(request.plan.tokens) > have)
-            .all(|c| request.read.contains(&c) && !request.reading.contains_key(&c));
+        let reading = !request.reading.is_empty();
+        let (plan, read) = (request.plan.clone(), request.read.values());
+        let read: Vec<Part> = read.flat_map(|(_, parts)| parts.clone()).collect();
+        let missing = self.missing(&plan, &read);
         match ended.reason {
-            None if !complete => self.fail("a request ended well without all of its chunks"),
+            None if reading || missing.is_some() => {
+                self.fail(&format!("a request ended well without {missing:?}"));
+            }
             None => self.decode.delivered += 1,
             Some(reason) => self.decode.failed.push(reason),
         }
@@ -468,10 +484,4 @@ impl World {
             self.fail("a parked request ended late");
         }
     }
-}
-
-pub(crate) fn keys(plan: &RequestPlan) -> Vec<String> {
-    (0..plan.tokens.div_ceil(CHUNK))
-        .map(|i| format!("{}/{i}", plan.name))
-        .collect()
 }

@@ -12,7 +12,7 @@ use protocol::sender::FetcherId;
 use protocol::{Epoch, Reason, Token, receiver, sender};
 use rand::Rng;
 
-use super::engines::{Step, Turn, keys};
+use super::engines::{Step, Turn};
 use super::plan::{Park, RequestPlan};
 use super::{Happening, MS, SECOND, World};
 
@@ -67,7 +67,7 @@ impl World {
         Keep {
             req: id.as_str().into(),
             token,
-            keys: keys(plan),
+            keys: self.keys(plan),
             tokens: plan.tokens,
             upto,
             keep_ms: KEEP_MS,

@@ -5,8 +5,11 @@
 //! determines everything, so a plan that fails once fails again.
 //!
 //! The simulation checks while it runs:
-//! * When the engine reads a landing slot, the slot contains exactly the chunk's content, and no
-//!   write changes the slot before the engine releases the slot.
+//! * When the engine reads a landing slot, the slot contains exactly the chunk's content: the parts of
+//!   all groups of layers at their places. No write changes the slot before the engine releases the
+//!   slot.
+//! * A request that ends well has delivered every token that each group needs, and every byte of each
+//!   state. A write has exactly the size of its parts.
 //! * A write lands only in a slot that is open or quarantined under the write's lease.
 //! * A write carries the chunk that the engine staged, not the chunk that a later request put into
 //!   the same send slot.
@@ -16,6 +19,7 @@
 
 mod engines;
 mod kept;
+mod model;
 mod net;
 mod plan;
 mod script;
@@ -25,15 +29,17 @@ mod wire;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use protocol::plan::Chunking;
 use protocol::receiver::{self, Receiver};
 use protocol::sender::{self, Sender};
-use protocol::{EngineId, Epoch, Time};
+use protocol::{EngineId, Epoch, Layout, Time};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::setup::{self, CHUNK, target};
+use crate::setup::{self, target};
 use engines::{DecodeEngine, PrefillEngine};
 pub(crate) use kept::keeper;
+pub(crate) use model::Model;
 use net::Net;
 pub(crate) use plan::{Fault, NetPlan, Park, Plan, RequestPlan, plan, plans};
 use wire::Wire;
@@ -85,6 +91,8 @@ pub(crate) struct World {
     events: Vec<Option<Happening>>,
     order: u64,
     rng: StdRng,
+    layout: Layout,
+    chunking: Chunking,
     p: Sender,
     d: Receiver,
     p_epoch: u64,
@@ -122,9 +130,10 @@ enum Happening {
 
 impl World {
     fn new(plan: &Plan) -> Self {
+        let layout = plan.model.layout();
         let (p, d) = (
-            new_sender(1, plan.send_slots),
-            new_receiver(1001, plan.land_slots),
+            new_sender(1, plan.send_slots, &layout),
+            new_receiver(1001, plan.land_slots, &layout),
         );
         Self {
             now: 1,
@@ -132,6 +141,8 @@ impl World {
             events: Vec::new(),
             order: 0,
             rng: StdRng::seed_from_u64(plan.seed),
+            chunking: Chunking::of(&layout),
+            layout,
             p,
             d,
             p_epoch: 1,
@@ -345,20 +356,21 @@ impl World {
     }
 }
 
-fn new_sender(epoch: u64, slots: u32) -> Sender {
+fn new_sender(epoch: u64, slots: u32, layout: &Layout) -> Sender {
     Sender::new(sender::Config {
         epoch: Epoch(epoch),
         max_requests: 64,
+        layout: layout.clone(),
         ..setup::sender(slots)
     })
 }
 
-fn new_receiver(epoch: u64, slots: u32) -> Receiver {
+fn new_receiver(epoch: u64, slots: u32, layout: &Layout) -> Receiver {
     Receiver::new(receiver::Config {
         epoch: Epoch(epoch),
         max_requests: 64,
         lmcache_wait: setup::SECOND / 2,
         seed: epoch,
-        ..setup::receiver(slots)
+        ..setup::receiver_of(layout.clone(), slots)
     })
 }

@@ -165,7 +165,7 @@ impl World {
         self.receiver_dies();
         self.decode.sidecar_died();
         self.d_epoch += 1;
-        self.d = new_receiver(self.d_epoch, self.d_slots);
+        self.d = new_receiver(self.d_epoch, self.d_slots, &self.layout);
     }
 
     pub(crate) fn strike(&mut self, fault: Fault) {
@@ -177,7 +177,7 @@ impl World {
                 }
                 self.prefill.sidecar_died();
                 self.p_epoch += 1;
-                self.p = new_sender(self.p_epoch, self.p_slots);
+                self.p = new_sender(self.p_epoch, self.p_slots, &self.layout);
             }
             Fault::KillReceiver => {
                 if self.net.route.take().is_some() {
@@ -193,16 +193,15 @@ impl World {
                 self.replace_receiver();
             }
             Fault::KillPrefill => {
+                // The end of the stream comes after the messages that the engine has sent.
                 let gone = self.prefill.dies();
-                let event = sender::Event::EngineGone(gone);
-                self.after(0, Happening::ToSender(event, self.p_epoch));
+                self.tell_sender(sender::Event::EngineGone(gone));
             }
             Fault::KillDecode => {
                 let gone = self.decode.dies();
                 self.queue_dies();
                 self.wire.reading.clear();
-                let event = receiver::Event::EngineGone(gone);
-                self.after(0, Happening::ToReceiver(event, self.d_epoch));
+                self.tell_receiver(receiver::Event::EngineGone(gone));
             }
             Fault::Disconnect => self.disconnect(),
             Fault::Partition(ms) => {

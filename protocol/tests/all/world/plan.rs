@@ -2,10 +2,13 @@
 
 use proptest::prelude::*;
 
+use super::model::{Model, models};
+
 /// Plan of one run.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) seed: u64,
+    pub(crate) model: Model,
     pub(crate) send_slots: u32,
     pub(crate) land_slots: u32,
     /// True if the receiving process itself writes into the slots (TCP). A write into a closed slot
@@ -24,6 +27,7 @@ pub(crate) struct Plan {
 pub(crate) fn plan(requests: Vec<RequestPlan>) -> Plan {
     Plan {
         seed: 1,
+        model: Model::Plain,
         send_slots: 8,
         land_slots: 8,
         guarded: false,
@@ -232,7 +236,7 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
     let net = prop_oneof![1 => Just(NetPlan::default()), 2 => net];
     let faults = proptest::collection::vec((0..2000u16, fault()), 0..6);
     (
-        any::<u64>(),
+        (any::<u64>(), models()),
         1..10u32,
         1..10u32,
         any::<bool>(),
@@ -242,15 +246,18 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
         faults,
     )
         .prop_map(
-            |(seed, send_slots, land_slots, guarded, net, requests, again_ms, faults)| Plan {
-                seed,
-                send_slots,
-                land_slots,
-                guarded,
-                net,
-                requests,
-                again_ms,
-                faults,
+            |((seed, model), send_slots, land_slots, guarded, net, requests, again_ms, faults)| {
+                Plan {
+                    seed,
+                    model,
+                    send_slots,
+                    land_slots,
+                    guarded,
+                    net,
+                    requests,
+                    again_ms,
+                    faults,
+                }
             },
         )
 }

@@ -8,7 +8,8 @@ use protocol::receiver::{self, Route};
 use protocol::{Epoch, LeaseId, Reason};
 use rand::Rng;
 
-use super::{CHUNK, Happening, MS, World};
+use super::{Happening, MS, World};
+use crate::setup::CHUNK;
 
 /// Connection of the malicious peer.
 pub(crate) const ROUTE: Route = Route(1 << 40);
@@ -17,7 +18,8 @@ impl World {
     /// Sends an alloc request that names either an unknown request or a parked request.
     pub(crate) fn stranger_asks(&mut self) {
         let seq: u64 = self.rng.random_range(0..1000);
-        let chunks = self.rng.random_range(1..6u32);
+        let tokens = self.rng.random_range(1..6u32) * CHUNK - 1;
+        let chunks = self.chunking.plan(tokens, 0).chunks();
         let mut req_id = format!("stranger-{seq}");
         if self.rng.random() {
             let any = self.rng.random_range(0..8u32);
@@ -46,7 +48,7 @@ impl World {
                 id: "stranger".into(),
                 epoch: Epoch(9),
                 to_epoch: Epoch(self.d_epoch),
-                tokens: chunks * CHUNK - 1,
+                tokens,
                 lease_ms: self.rng.random_range(0..2000),
                 wait_ms: self.rng.random_range(0..200),
                 park_ms: self.rng.random_range(0..200),

@@ -6,17 +6,16 @@ use protocol::receiver::{self, SenderId};
 use protocol::sender::{self, Piece};
 use protocol::{LeaseId, SlotIndex, TransferId};
 
+use super::model::Content;
 use super::{Happening, MS, SECOND, World};
-
-/// Content of a slot: a chunk of a request; `None` for undefined bytes.
-pub(crate) type Content = Option<(String, u32)>;
 
 pub(crate) struct Wire {
     pub(crate) guarded: bool,
     /// Failures of the next writes, in reverse order: true if the end of the write stays unknown.
     pub(crate) fail_next: Vec<bool>,
-    pub(crate) send: Vec<Content>,
-    pub(crate) land: Vec<Content>,
+    /// Content of each slot; `None` for undefined bytes.
+    pub(crate) send: Vec<Option<Content>>,
+    pub(crate) land: Vec<Option<Content>>,
     open: Vec<Option<LeaseId>>,
     last: Vec<Option<LeaseId>>,
     /// Leases with quarantined slots for which the receiver has asked for a proof.
@@ -38,7 +37,7 @@ pub(crate) struct Landing {
     lease: LeaseId,
     piece: Piece,
     /// Content that the piece must carry.
-    expected: Content,
+    expected: Option<Content>,
 }
 
 /// End of a write.
@@ -84,8 +83,12 @@ impl World {
             };
             latest = latest.max(delay);
             let expected = self.wire.send[piece.from.0 as usize].clone();
-            if expected.is_none() {
+            let Some((_, parts)) = &expected else {
                 self.fail("a write of a slot that nobody staged");
+            };
+            let bytes: u64 = parts.iter().map(|part| part.bytes).sum();
+            if (piece.offset, piece.bytes) != (0, bytes) || bytes > self.chunking.slot_bytes() {
+                self.fail(&format!("{piece:?} does not cover {parts:?}"));
             }
             *self.wire.coming.entry((from_epoch, lease)).or_default() += 1;
             let landing = Landing {
