@@ -65,6 +65,7 @@ impl fmt::Display for Group {
 pub(crate) fn different(ours: &[Group], theirs: &[Group]) -> Option<(String, String)> {
     let count = |groups: &[Group]| match groups.len() {
         0 => "no groups".to_owned(),
+        1 => "1 group".to_owned(),
         count => format!("{count} groups"),
     };
     if ours.len() != theirs.len() {

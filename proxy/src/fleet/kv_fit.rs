@@ -83,6 +83,9 @@ fn differs(field: &str, prefill: impl std::fmt::Display, decode: impl std::fmt::
         "dtype" | "quantization" => {
             "start both engines with the same --dtype and --kv-cache-dtype".to_owned()
         }
+        "groups" => "start both engines with the same model and the same vLLM options, and run the same release of \
+                     the connector on both sides"
+            .to_owned(),
         _ => "start both engines with the same model, and with the same draft model or with none"
             .to_owned(),
     };

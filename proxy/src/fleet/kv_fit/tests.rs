@@ -1,3 +1,5 @@
+use protocol::groups::Group;
+
 use super::*;
 
 /// Returns the KV description of an engine with this many layers.
@@ -19,6 +21,14 @@ pub(crate) fn kv(layers: u32) -> Kv {
     }
 }
 
+fn group() -> Group {
+    Group {
+        kind: "window".into(),
+        bytes: 8,
+        size: 64,
+    }
+}
+
 #[test]
 fn what_differs_is_named_with_its_cure() {
     let text = kv(4).misfit(&kv(5)).unwrap();
@@ -34,6 +44,13 @@ fn what_differs_is_named_with_its_cure() {
         ..kv(4)
     };
     assert!(kv(4).misfit(&other).unwrap().contains("same release"));
+    let mut grouped = kv(4);
+    grouped.layout.as_mut().unwrap().groups = vec![group()];
+    assert_eq!(
+        kv(4).misfit(&grouped).unwrap(),
+        "groups is no groups on the prefill side and 1 group on the decode side: start both engines with the \
+         same model and the same vLLM options, and run the same release of the connector on both sides"
+    );
     let unmoved = Kv {
         unmoved: "heads of two sizes".into(),
         ..Kv::default()
@@ -48,7 +65,10 @@ fn what_differs_is_named_with_its_cure() {
 #[test]
 fn misfit_and_fits_say_the_same_and_what_is_not_said_decides_nothing() {
     let silent = Kv::default();
+    let mut grouped = kv(4);
+    grouped.layout.as_mut().unwrap().groups = vec![group()];
     let all = [
+        grouped,
         silent.clone(),
         kv(4),
         kv(5),
