@@ -3,7 +3,8 @@
 This module only implements vLLM's interface, which differs between versions (tested with 0.24 and 0.32). The work is
 done in `scheduler` and `worker`.
 
-The connector does not declare support for several KV groups, so vLLM keeps one group.
+Where vLLM accepts a failed load by the request's name, the connector declares that it supports several KV groups. In
+other versions a failed load would stop the engine, so there vLLM keeps one group.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiCo
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.v1.core.sched import output
 from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
@@ -32,8 +34,10 @@ from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache, own_sidecar
 from pd_sidecar.scheduler.kept import KeepPolicy
 from pd_sidecar.scheduler.metadata import DisabledNotice, FetchNotice, IdleReport, StepMetadata
-from pd_sidecar.scheduler.scheduler import Role, Scheduler
+from pd_sidecar.scheduler.scheduler import Scheduler
+from pd_sidecar.scheduler.states import Role
 from pd_sidecar.scheduler.stats import PromMetrics, Stats
+from pd_sidecar.scheduler.tables import table_rules
 from pd_sidecar.sidecar.launcher import Child, find_binary
 from pd_sidecar.worker.disabled import DisabledWorker
 from pd_sidecar.worker.load import Results
@@ -59,10 +63,15 @@ try:
 except ImportError:
     CacheHitSource = None
 
+# With several groups a failed load must be reported by its request, and the tables must be known in each step.
+SupportsGroups: Any = object
+if TransferResults is not None and hasattr(output, "KVConnectorBlockState"):
+    SupportsGroups = base.SupportsHMA
+
 logger = init_logger("vllm.pd_sidecar.connector")
 
 
-class PdSidecarConnector(KVConnectorBase_V1):
+class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):  # type: ignore[misc]
     """Moves KV between vLLM's blocks and a sidecar, in both directions."""
 
     if CacheHitSource is not None:
@@ -140,8 +149,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
         return self._of_scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        groups = blocks.get_block_ids()
-        self._of_scheduler.allocated(request, groups[0] if groups else [], num_external_tokens)
+        self._of_scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         self._of_scheduler.keeping.pool = kv_cache_manager.block_pool
@@ -172,16 +180,16 @@ class PdSidecarConnector(KVConnectorBase_V1):
             connector_output.finished_sending = sent - forgotten
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         completed = request.status in (
             RequestStatus.FINISHED_STOPPED,
             RequestStatus.FINISHED_LENGTH_CAPPED,
         )
         return self._of_scheduler.finished(request, block_ids, completed=completed)
-
-    def request_finished_all_groups(
-        self, request: Request, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0] if block_ids else [])
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, Any]) -> None:
         """Learns, before the first request, whether the workers can move KV, and where it can be fetched."""
@@ -246,6 +254,10 @@ class PdSidecarConnector(KVConnectorBase_V1):
             failed_recving=set(results.failed),
         )
 
+    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
+        """Returns all groups: vLLM need not write zeros into the blocks that a load fills."""
+        return tuple(range(len(self._groups)))
+
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         sent, results = self._finish()
         self._invalid_blocks |= results.invalid_blocks
@@ -301,8 +313,7 @@ class PdSidecarConnector(KVConnectorBase_V1):
             producer=self._producer,
             consumer=self._consumer,
             ranks=self._partition.ranks,
-            kv_groups=len(self._groups),
-            block_tokens=self._config.cache_config.block_size,
+            tables=table_rules(self._groups, self._config.cache_config.block_size),
             keep=KeepPolicy(
                 self._config.kv_transfer_config.engine_id or "",
                 self._options.keep_ms,

@@ -91,7 +91,7 @@ def keys_of(params, adapter, **more):
     rig.scheduler = Scheduler(rig.scheduler._role, ChunkHasher("sha256_cbor", 32, {}), rig.stats, Fixed())
     req = request("a", params, lora_request=adapter, **more)
     rig.scheduler.matched_tokens(req, 0)
-    rig.scheduler.allocated(req, [1, 2, 3], 39)
+    rig.scheduler.allocated(req, ([1, 2, 3],), 39)
     metadata = rig.scheduler.step(output(new=[(req, [1, 2, 3], 0, 40)]))
     starts = [*metadata.push_starts, *metadata.load_starts]
     return [(start.hashes[0], start.tags[0]) for start in starts], rig.skipped(), metadata.dismissed

@@ -21,7 +21,8 @@ from pd_sidecar import connector
 from pd_sidecar.scheduler.eligibility import Skip, transfer
 from pd_sidecar.scheduler.kept import FetchPort, Keeping, KeepPolicy, KeptSource, source_of
 from pd_sidecar.scheduler.metadata import IdleReport, LoadStart, PushStart, PushStep
-from pd_sidecar.scheduler.scheduler import Role
+from pd_sidecar.scheduler.states import Role
+from pd_sidecar.scheduler.tables import TableRule
 from pd_sidecar.sidecar import wire
 
 TOKEN = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
@@ -41,7 +42,7 @@ P_LEG = {
 
 def keeper(blocks=8):
     policy = KeepPolicy("engine-p", 30_000, blocks)
-    rig = Rig(Role(producer=True, consumer=True, ranks=1, kv_groups=1, block_tokens=BLOCK, keep=policy))
+    rig = Rig(Role(producer=True, consumer=True, ranks=1, tables=(TableRule(BLOCK),), keep=policy))
     rig.scheduler.keeping.learn({0: PORT})
     return rig
 
@@ -51,7 +52,7 @@ def prefill(rig, name="p-1"):
     req = request(name, P_LEG, output_token_ids=[7])
     assert rig.scheduler.matched_tokens(req, 0) == (0, False)
     metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
-    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    delay, response = rig.scheduler.finished(req, ([1, 2, 3],), completed=True)
     return metadata, delay, response
 
 
@@ -154,7 +155,7 @@ def test_a_sidecar_that_is_lost_while_a_prompt_is_computed_keeps_nothing():
     rig.scheduler.matched_tokens(req, 0)
     rig.step(new=[(req, [1, 2, 3], 0, 40)])
     rig.scheduler.keeping.learn({0: None})
-    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    delay, response = rig.scheduler.finished(req, ([1, 2, 3],), completed=True)
     assert not delay
     assert response["pd"]["reason"] == "no_fetch_port"
     assert rig.step().cancelled == ["p-1"]
@@ -174,7 +175,7 @@ def test_a_decode_request_is_expected_when_it_arrives_and_awaited_with_its_own_i
     assert rig.step().expected == [("d-1", SOURCE)]
     count, is_async = rig.scheduler.matched_tokens(req, 0)
     assert (count, is_async) == (40, True)
-    rig.scheduler.allocated(req, [4, 5, 6], count)
+    rig.scheduler.allocated(req, ([4, 5, 6],), count)
     metadata = rig.step()
     (start,) = metadata.load_starts
     assert (start.req, start.source) == ("d-1", SOURCE)
@@ -191,9 +192,9 @@ def test_a_decode_request_that_needs_no_kv_drops_it(ending):
         rig.scheduler.arrived(req)
     if ending == "full_hit":
         assert rig.scheduler.matched_tokens(req, 40) == (0, False)
-        rig.scheduler.allocated(req, [4, 5, 6], 0)
+        rig.scheduler.allocated(req, ([4, 5, 6],), 0)
     elif ending != "skipped":
-        assert rig.scheduler.finished(req, [], completed=False) == (False, None)
+        assert rig.scheduler.finished(req, ([],), completed=False) == (False, None)
     metadata = rig.step()
     # The sidecar learns of the KV, and then learns that no request wants the KV. So it can tell the prefill side.
     assert metadata.expected == [("d-1", SOURCE)]
@@ -206,7 +207,7 @@ def test_sequences_of_one_client_request_fetch_once():
     for req in (first, second):
         rig.scheduler.arrived(req)
     assert rig.step().expected == [("0_cmpl-a-0-11111111", SOURCE)]
-    rig.scheduler.finished(second, [], completed=False)
+    rig.scheduler.finished(second, ([],), completed=False)
     assert not rig.step().dismissed
 
 
@@ -393,7 +394,7 @@ def test_a_worker_reports_the_fetch_port_of_each_sidecar_once(workers):
 def keep(workers):
     """Runs the one step of a prefill leg, and the step after its answer."""
     start = PushStart("a", "a", "", (), (), test_worker.HASHES, test_worker.TOKENS, False, token=TOKEN, keep_ms=500)
-    workers.step(push_starts=[start], push_steps=[PushStep("a", test_worker.TABLE, True, test_worker.TOKENS)])
+    workers.step(push_starts=[start], push_steps=[PushStep("a", (test_worker.TABLE,), True, test_worker.TOKENS)])
     sent, _ = workers.step(forward=False, finished=["a"])
     assert not sent
 
@@ -442,7 +443,7 @@ def test_a_worker_expects_and_awaits(workers):
     assert (expect.req, expect.token, expect.epoch, expect.keep_ms) == ("d-1", TOKEN, EPOCH, 30_000)
     assert expect.from_ == wire.Keeper("10.0.0.1", 7600)
     tokens = test_worker.TOKENS
-    start = LoadStart("d-1", "d-1", test_worker.HASHES, tokens, 0, tokens, [3, 9, 27, 1, 5], source=SOURCE)
+    start = LoadStart("d-1", "d-1", test_worker.HASHES, tokens, 0, tokens, ([3, 9, 27, 1, 5],), source=SOURCE)
     workers.step(forward=False, load_starts=[start])
     workers.receiver.next(wire.Expect)
     assert workers.receiver.next(wire.Await).req == "d-1"

@@ -107,12 +107,12 @@ def rig(tmp_path, monkeypatch, device):
 
 def begin(rig, name, req):
     start = PushStart(name, req, "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
-    rig.step(push_starts=[start], push_steps=[PushStep(name, TABLE, True, TOKENS)])
+    rig.step(push_starts=[start], push_steps=[PushStep(name, (TABLE,), True, TOKENS)])
     rig.sender.next(wire.Reserve)
 
 
 def test_the_sidecar_is_told_at_the_launch_and_blocks_are_held_to_the_end(rig, device):
-    rig.step(push_starts=[push()], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    rig.step(push_starts=[push()], push_steps=[PushStep("a", (TABLE,), True, TOKENS)])
     rig.sender.next(wire.Reserve)
     rig.step(forward=False, finished=["a"])
     rig.sender.say(wire.Granted("r", 0, [0, 1, 2], [1, 2, 3]))
@@ -165,7 +165,7 @@ def launch(rig, names, *granted):
     the name is empty, the sidecar grants the slots directly after the announcement.
     """
     start = PushStart("a", "r", "h", (7300,), (7400,), test_worker.HASHES, TOKENS, True)
-    steps = [PushStep("a", TABLE, True, TOKENS)]
+    steps = [PushStep("a", (TABLE,), True, TOKENS)]
     rig.worker.begin(StepMetadata(push_starts=[start], push_steps=steps))
     rig.sender.next(wire.Reserve)
     for name in ["", *names]:
@@ -313,7 +313,7 @@ def test_without_spare_events_a_step_is_gathered_as_a_whole(layered, device, mon
 def test_what_is_complete_does_not_wait_for_another_forward(layered, device):
     launch(layered, NAMES, ("", [0]))
     layered.sender.next(wire.Staged)
-    layered.worker.begin(StepMetadata(push_steps=[PushStep("a", [], False, TOKENS)]))
+    layered.worker.begin(StepMetadata(push_steps=[PushStep("a", ([],), False, TOKENS)]))
     with layered.worker.lock:  # keeps the poller's thread from gathering first
         layered.sender.say(wire.Granted("r", 0, [1, 2], [2, 3]))
         for name in NAMES:

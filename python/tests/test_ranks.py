@@ -154,7 +154,7 @@ class Engine:
 
 
 PUSH = PushStart("a", "r", "h", (7300, 7301), (7400, 7401), HASHES, TOKENS, True)
-LOAD = LoadStart("a", "r", HASHES, TOKENS, 0, TOKENS, TABLE)
+LOAD = LoadStart("a", "r", HASHES, TOKENS, 0, TOKENS, (TABLE,))
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_every_head_arrives(tmp_path, engines, prefill, decode):
     d = Engine(tmp_path / "d.sock", 4, decode, 2, producer=False)
     engines += [p, d]
     assert not torch.equal(p.kv(), d.kv())
-    p.step(push_starts=[PUSH], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    p.step(push_starts=[PUSH], push_steps=[PushStep("a", (TABLE,), True, TOKENS)])
     d.step(load_starts=[LOAD])
     for rank, sender in sorted(p.sidecar.ranks.items()):
         asked = sender.next(wire.Reserve)
@@ -208,7 +208,7 @@ def test_what_all_workers_hold_is_sent_once_a_rank(tmp_path, engines, prefill, d
     d = Engine(tmp_path / "d.sock", 1, decode, ranks, producer=False, mla=True)
     engines += [p, d]
     start = replace(PUSH, init_ports=PUSH.init_ports[:ranks], alloc_ports=PUSH.alloc_ports[:ranks])
-    p.step(push_starts=[start], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    p.step(push_starts=[start], push_steps=[PushStep("a", (TABLE,), True, TOKENS)])
     d.step(load_starts=[LOAD])
     assert sorted(p.sidecar.ranks) == sorted(d.sidecar.ranks) == list(range(ranks))
     for rank, sender in p.sidecar.ranks.items():
@@ -231,7 +231,7 @@ def test_one_rank_alone_frees_and_resumes_nothing(tmp_path, engines):
     p = Engine(tmp_path / "p.sock", 4, 1, 2, producer=True)
     d = Engine(tmp_path / "d.sock", 4, 1, 2, producer=False)
     engines += [p, d]
-    p.step(push_starts=[PUSH], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    p.step(push_starts=[PUSH], push_steps=[PushStep("a", (TABLE,), True, TOKENS)])
     p.sidecar.ranks[0].next(wire.Reserve)
     p.sidecar.ranks[0].say(wire.Granted("r", 0, [0, 1], [0, 1]))
     p.until(lambda: not p.sidecar.ranks[0].nothing())
@@ -270,7 +270,7 @@ def test_a_worker_whose_heads_another_sends_has_nothing_to_wait_for(tmp_path, en
         producer=True,
         consumer=False,
     )
-    spare.begin(StepMetadata(push_starts=[PUSH], push_steps=[PushStep("a", TABLE, True, TOKENS)]))
+    spare.begin(StepMetadata(push_starts=[PUSH], push_steps=[PushStep("a", (TABLE,), True, TOKENS)]))
     spare.computed()
     assert spare.finish()[0] == set()
     spare.begin(StepMetadata(finished=["a"]))

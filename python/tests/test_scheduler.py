@@ -9,11 +9,13 @@ import pytest
 from pd_sidecar.kv.keys import ChunkHasher
 from pd_sidecar.scheduler.eligibility import Skip, transfer
 from pd_sidecar.scheduler.metadata import PushStep
-from pd_sidecar.scheduler.scheduler import Role, Scheduler
+from pd_sidecar.scheduler.scheduler import Scheduler
+from pd_sidecar.scheduler.states import Role
 from pd_sidecar.scheduler.stats import Stats
+from pd_sidecar.scheduler.tables import TableRule
 
 BLOCK = 16
-BOTH = Role(producer=True, consumer=True, ranks=1, kv_groups=1, block_tokens=BLOCK)
+BOTH = Role(producer=True, consumer=True, ranks=1, tables=(TableRule(BLOCK),))
 
 
 def request(name, params=None, tokens=40, **more):
@@ -103,22 +105,22 @@ def rig():
 def park(rig, req, computed=0, blocks=(4, 5, 6)):
     count, is_async = rig.scheduler.matched_tokens(req, computed)
     assert (count, is_async) == (req.num_prompt_tokens - computed, True)
-    rig.scheduler.allocated(req, list(blocks), count)
+    rig.scheduler.allocated(req, (list(blocks),), count)
     return rig.step()
 
 
 def test_a_prompt_in_parts_is_announced_once_and_followed(rig):
     req = request("a", push_params(overlap=True))
     assert rig.scheduler.matched_tokens(req, 0) == (0, False)
-    rig.scheduler.allocated(req, [1], 0)
+    rig.scheduler.allocated(req, ([1],), 0)
     first = rig.step(new=[(req, [1], 0, 16)])
     (start,) = first.push_starts
     assert (start.req, start.tokens, start.overlap, len(start.hashes)) == ("r", 40, True, 2)
-    assert first.push_steps == [PushStep("a", [1], True, 16)]
+    assert first.push_steps == [PushStep("a", ([1],), True, 16)]
     second = rig.step(cached=[("a", [2], 16, 16)])
-    assert second.push_steps == [PushStep("a", [2], False, 32)]
+    assert second.push_steps == [PushStep("a", ([2],), False, 32)]
     third = rig.step(cached=[("a", [3], 32, 8)])
-    assert third.push_steps == [PushStep("a", [3], False, 40)]
+    assert third.push_steps == [PushStep("a", ([3],), False, 40)]
     # The workers need no message about tokens that the engine generates.
     assert not rig.step(cached=[("a", None, 40, 1)]).has_news
 
@@ -128,7 +130,7 @@ def push(rig, name, params):
     req = request(name, params, output_token_ids=[7])
     rig.scheduler.matched_tokens(req, 0)
     metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
-    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    delay, response = rig.scheduler.finished(req, ([1, 2, 3],), completed=True)
     if delay:
         rig.step()
         rig.scheduler.reported([name], [])
@@ -159,14 +161,14 @@ def test_the_first_token_and_the_word_come_though_nothing_is_pushed(rig):
 def test_a_local_prefix_hit_is_saved_too(rig):
     req = request("a", push_params())
     metadata = rig.step(new=[(req, [9, 8, 7], 32, 8)]) if rig.scheduler.matched_tokens(req, 32) else None
-    assert metadata.push_steps == [PushStep("a", [9, 8, 7], True, 40)]
+    assert metadata.push_steps == [PushStep("a", ([9, 8, 7],), True, 40)]
 
 
 def test_blocks_of_a_finished_push_wait_for_the_workers(rig):
     req = request("a", push_params())
     rig.scheduler.matched_tokens(req, 0)
     rig.step(new=[(req, [1, 2, 3], 0, 40)])
-    delay, params = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    delay, params = rig.scheduler.finished(req, ([1, 2, 3],), completed=True)
     assert delay
     assert params == {"pushed": True, "req_id": "r"}
     assert rig.scheduler.has_work
@@ -183,7 +185,7 @@ def test_an_aborted_push_is_cancelled_and_not_waited_for(rig, blocks):
     req = request("a", push_params())
     rig.scheduler.matched_tokens(req, 0)
     rig.step(new=[(req, [1, 2], 0, 32)])
-    assert rig.scheduler.finished(req, blocks, completed=False) == (False, None)
+    assert rig.scheduler.finished(req, (blocks,), completed=False) == (False, None)
     assert rig.scheduler.has_work
     assert rig.step().cancelled == ["a"]
     assert rig.is_empty()
@@ -193,14 +195,14 @@ def test_a_push_that_finished_without_its_blocks_is_cancelled(rig):
     req = request("a", push_params())
     rig.scheduler.matched_tokens(req, 0)
     rig.step(new=[(req, [1, 2, 3], 0, 40)])
-    assert rig.scheduler.finished(req, [], completed=True) == (False, None)
+    assert rig.scheduler.finished(req, ([],), completed=True) == (False, None)
     assert rig.step().cancelled == ["a"]
 
 
 def test_a_push_that_never_ran_leaves_nothing(rig):
     req = request("a", push_params())
     rig.scheduler.matched_tokens(req, 0)
-    assert rig.scheduler.finished(req, [], completed=False) == (False, None)
+    assert rig.scheduler.finished(req, ([],), completed=False) == (False, None)
     assert rig.is_empty()
 
 
@@ -210,7 +212,7 @@ def test_the_first_token_is_not_loaded(rig, held, loaded):
     req = request("a", load_params(tokens=32), tokens=33)
     assert rig.scheduler.matched_tokens(req, held) == (loaded, loaded > 0)
     if loaded:
-        rig.scheduler.allocated(req, [1, 2, 3], loaded)
+        rig.scheduler.allocated(req, ([1, 2, 3],), loaded)
         (start,) = rig.step().load_starts
         assert (start.tokens, start.have_tokens, start.load_tokens) == (32, held, 32)
         whole = request("b", push_params("s"), tokens=32)
@@ -233,7 +235,7 @@ def test_a_preempted_push_gets_a_new_table(rig, newer_runner):
     else:
         req.status = SimpleNamespace(name="RUNNING")
         metadata = rig.step(cached=[("a", [7, 8, 9], 16, 24)], resumed=["a"])
-    assert metadata.push_steps == [PushStep("a", [7, 8, 9], True, 40)]
+    assert metadata.push_steps == [PushStep("a", ([7, 8, 9],), True, 40)]
     assert metadata.push_starts == []
 
 
@@ -242,7 +244,7 @@ def test_preempted_and_resumed_in_one_step_gets_a_new_table(rig):
     rig.scheduler.matched_tokens(req, 0)
     rig.step(new=[(req, [1, 2, 3], 0, 40)])
     metadata = rig.step(cached=[("a", [7, 8, 9], 0, 40)], resumed=["a"])
-    assert metadata.push_steps == [PushStep("a", [7, 8, 9], True, 40)]
+    assert metadata.push_steps == [PushStep("a", ([7, 8, 9],), True, 40)]
 
 
 def test_a_load_is_parked_with_its_blocks(rig):
@@ -250,7 +252,7 @@ def test_a_load_is_parked_with_its_blocks(rig):
     metadata = park(rig, req, computed=16)
     (start,) = metadata.load_starts
     assert (start.engine_id, start.req, start.tokens) == ("a", "r", 40)
-    assert (start.have_tokens, start.load_tokens, start.blocks) == (16, 40, [4, 5, 6])
+    assert (start.have_tokens, start.load_tokens, start.tables) == (16, 40, ([4, 5, 6],))
     assert len(start.hashes) == 2
 
 
@@ -260,9 +262,9 @@ def test_asked_again_after_a_load_there_is_nothing_more(rig):
     rig.scheduler.reported(set(), {"a"})
     # vLLM sets the computed count to 0 after the load of a 1-token prompt, and after a failed load.
     assert rig.scheduler.matched_tokens(req, 0) == (0, False)
-    rig.scheduler.allocated(req, [4], 0)
+    rig.scheduler.allocated(req, ([4],), 0)
     assert not rig.step().has_news
-    assert rig.scheduler.finished(req, [4], completed=True) == (False, None)
+    assert rig.scheduler.finished(req, ([4],), completed=True) == (False, None)
     assert rig.is_empty()
 
 
@@ -277,7 +279,7 @@ def test_asking_has_no_effect(rig):
 def test_a_load_that_the_engine_declines_is_dismissed(rig):
     req = request("a", load_params())
     rig.scheduler.matched_tokens(req, 0)
-    rig.scheduler.allocated(req, [1], 0)
+    rig.scheduler.allocated(req, ([1],), 0)
     assert rig.step().dismissed == ["r"]
     assert rig.skipped() == {"nothing_to_load": 1}
 
@@ -285,7 +287,7 @@ def test_a_load_that_the_engine_declines_is_dismissed(rig):
 def test_an_aborted_load_is_gone_when_the_workers_say_so(rig):
     req = request("a", load_params())
     park(rig, req)
-    assert rig.scheduler.finished(req, [4, 5, 6], completed=False) == (False, None)
+    assert rig.scheduler.finished(req, ([4, 5, 6],), completed=False) == (False, None)
     assert rig.step().aborted == ["a"]
     rig.scheduler.reported(set(), {"a"})
     assert rig.is_empty()
@@ -293,7 +295,7 @@ def test_an_aborted_load_is_gone_when_the_workers_say_so(rig):
 
 def test_a_load_that_is_rejected_before_it_is_asked_about_is_dismissed(rig):
     req = request("a", load_params())
-    assert rig.scheduler.finished(req, [], completed=False) == (False, None)
+    assert rig.scheduler.finished(req, ([],), completed=False) == (False, None)
     assert rig.scheduler.has_work
     assert rig.step().dismissed == ["r"]
     assert rig.is_empty()
@@ -303,7 +305,7 @@ def test_a_load_that_is_rejected_before_it_is_asked_about_is_dismissed(rig):
 def test_a_notice_of_rejection_does_not_end_a_request_that_is_parked(rig):
     park(rig, request("a", load_params()))
     notice = request("b", load_params(), tokens=1, abort_immediately=True)
-    rig.scheduler.finished(notice, [], completed=False)
+    rig.scheduler.finished(notice, ([],), completed=False)
     assert not rig.step().has_news
     assert rig.skipped() == {}
 
@@ -346,11 +348,11 @@ def test_the_first_of_several_engine_requests_has_the_transfer(rig, params):
     for req in (first, second):
         rig.scheduler.matched_tokens(req, 0)
     assert rig.skipped() == {"duplicate": 1}
-    rig.scheduler.finished(first, [], completed=False)
+    rig.scheduler.finished(first, ([],), completed=False)
     rig.scheduler.matched_tokens(late, 0)
     assert rig.skipped() == {"duplicate": 2}
     rig.step()
-    delay, response = rig.scheduler.finished(late, [], completed=True)
+    delay, response = rig.scheduler.finished(late, ([],), completed=True)
     assert (delay, response) == (False, {"pushed": False, "reason": "duplicate"})
     assert "r" not in rig.step().dismissed
 
@@ -363,7 +365,7 @@ def keys_of(params, **more):
     if "do_remote_decode" in params:
         (start,) = rig.step(new=[(req, [1, 2, 3], 0, 40)]).push_starts
     else:
-        rig.scheduler.allocated(req, [1, 2, 3], 39)
+        rig.scheduler.allocated(req, ([1, 2, 3],), 39)
         (start,) = rig.step().load_starts
     assert rig.skipped() == {}
     return list(zip(start.hashes, start.tags or [""] * 2, strict=True))
@@ -432,7 +434,7 @@ def test_requests_that_are_not_served(rig, more, reason, params):
     metadata = rig.step(new=[(req, [1, 2, 3], 0, 40)])
     assert not metadata.push_starts
     assert metadata.dismissed == (["r"] if "do_remote_prefill" in params else [])
-    delay, response = rig.scheduler.finished(req, [1, 2, 3], completed=True)
+    delay, response = rig.scheduler.finished(req, ([1, 2, 3],), completed=True)
     assert (delay, response) == (False, {"pushed": False, "reason": reason})
     assert rig.is_empty()
 
@@ -477,10 +479,8 @@ def test_parameters_that_make_no_sense(rig, params, reason):
 @pytest.mark.parametrize(
     ("role", "params", "reason"),
     [
-        (Role(True, False, 1, 1, BLOCK), load_params(), "wrong_role"),
-        (Role(False, True, 1, 1, BLOCK), push_params(), "wrong_role"),
-        (Role(True, True, 1, 2, BLOCK), push_params(), "kv_groups"),
-        (Role(True, True, 1, 2, BLOCK), load_params(), "kv_groups"),
+        (Role(True, False, 1, BOTH.tables), load_params(), "wrong_role"),
+        (Role(False, True, 1, BOTH.tables), push_params(), "wrong_role"),
     ],
 )
 def test_engines_that_do_not_serve(role, params, reason):

@@ -35,14 +35,14 @@ def run(rig, req, blocks):
 
 def load(rig, req, blocks):
     assert rig.scheduler.matched_tokens(req, 0) == (TOKENS, True)
-    rig.scheduler.allocated(req, blocks, TOKENS)
+    rig.scheduler.allocated(req, (blocks,), TOKENS)
     rig.scheduler.reported((), [req.request_id])
 
 
 def test_the_first_loads_and_the_others_copy_from_it(rig):
     first, second, third = children(3)
     assert rig.scheduler.matched_tokens(first, 0) == (TOKENS, True)
-    rig.scheduler.allocated(first, [1, 2, 3], TOKENS)
+    rig.scheduler.allocated(first, ([1, 2, 3],), TOKENS)
     assert rig.scheduler.matched_tokens(second, 0) == (None, False), "its load is under way"
     assert len(rig.step().load_starts) == 1
     rig.scheduler.reported((), [first.request_id])
@@ -51,9 +51,9 @@ def test_the_first_loads_and_the_others_copy_from_it(rig):
     # Without a prefix cache the second request has nothing, and copies all blocks. The third request shares two blocks
     # with the first request, and copies one block.
     assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
-    rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
+    rig.scheduler.allocated(second, ([4, 5, 6],), TOKENS)
     assert rig.scheduler.matched_tokens(third, 32) == (TOKENS - 32, True)
-    rig.scheduler.allocated(third, [1, 2, 7], TOKENS - 32)
+    rig.scheduler.allocated(third, ([1, 2, 7],), TOKENS - 32)
     metadata = rig.step()
     assert metadata.copy_starts == [
         CopyStart(second.request_id, [1, 2, 3], [4, 5, 6]),
@@ -63,7 +63,7 @@ def test_the_first_loads_and_the_others_copy_from_it(rig):
     rig.scheduler.reported((), [second.request_id, third.request_id])
     assert rig.scheduler.matched_tokens(second, 0) == (0, False)
     for req in (first, second, third):
-        assert rig.scheduler.finished(req, [], completed=True) == (False, None)
+        assert rig.scheduler.finished(req, ([],), completed=True) == (False, None)
     assert not rig.step().dismissed, "the load of the first is not given up for the others"
     assert rig.skipped() == {}
     assert rig.is_empty()
@@ -83,7 +83,7 @@ def test_blocks_that_are_no_longer_the_first_ones_are_not_copied(rig):
     assert rig.scheduler.matched_tokens(second, 0) == (None, False)
     run(rig, first, [7, 8, 9])
     assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
-    rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
+    rig.scheduler.allocated(second, ([4, 5, 6],), TOKENS)
     assert rig.step().copy_starts == [CopyStart(second.request_id, [7, 8, 9], [4, 5, 6])]
 
 
@@ -97,7 +97,7 @@ def test_a_prompt_that_the_first_still_computes_is_waited_for(rig):
     rig.step(cached=[(first.request_id, [6], 32, 8)])
     first.num_computed_tokens = TOKENS
     assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
-    rig.scheduler.allocated(second, [7, 8, 9], TOKENS)
+    rig.scheduler.allocated(second, ([7, 8, 9],), TOKENS)
     assert rig.step().copy_starts == [CopyStart(second.request_id, [4, 5, 6], [7, 8, 9])]
 
 
@@ -105,7 +105,7 @@ def test_the_others_compute_once_the_first_is_gone(rig):
     first, second, third = children(3)
     load(rig, first, [1, 2, 3])
     assert rig.scheduler.matched_tokens(second, 0) == (None, False)
-    rig.scheduler.finished(first, [], completed=False)
+    rig.scheduler.finished(first, ([],), completed=False)
     assert rig.scheduler.matched_tokens(second, 0) == (0, False)
     assert rig.scheduler.matched_tokens(third, 0) == (0, False)
     assert rig.skipped() == {"duplicate": 1}
@@ -116,12 +116,12 @@ def test_an_abort_while_the_copy_is_under_way_waits_for_the_workers(rig):
     load(rig, first, [1, 2, 3])
     run(rig, first, [1, 2, 3])
     rig.scheduler.matched_tokens(second, 0)
-    rig.scheduler.allocated(second, [4, 5, 6], TOKENS)
-    assert rig.scheduler.finished(second, [], completed=False) == (False, None)
+    rig.scheduler.allocated(second, ([4, 5, 6],), TOKENS)
+    assert rig.scheduler.finished(second, ([],), completed=False) == (False, None)
     metadata = rig.step()
     assert (len(metadata.copy_starts), metadata.aborted) == (1, []), "the worker reports each copy once"
     rig.scheduler.reported((), [second.request_id])
-    rig.scheduler.finished(first, [], completed=True)
+    rig.scheduler.finished(first, ([],), completed=True)
     assert rig.is_empty()
 
 

@@ -46,7 +46,9 @@ def restarted(rig, end):
 
 
 def step(rig, name):
-    rig.step(push_starts=[push()], push_steps=[PushStep("a", TABLE, True, TOKENS)], load_starts=[load(0, name, name)])
+    rig.step(
+        push_starts=[push()], push_steps=[PushStep("a", (TABLE,), True, TOKENS)], load_starts=[load(0, name, name)]
+    )
 
 
 @pytest.mark.parametrize("end", ["sender", "receiver"])

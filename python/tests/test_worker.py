@@ -106,7 +106,7 @@ def push(**more):
 
 
 def load(have=0, name="a", req="r", blocks=(3, 9, 27, 1, 5)):
-    return LoadStart(name, req, HASHES, TOKENS, have, TOKENS, list(blocks))
+    return LoadStart(name, req, HASHES, TOKENS, have, TOKENS, (list(blocks),))
 
 
 TABLE = [8, 2, 30, 11, 4]
@@ -119,14 +119,14 @@ KEYS = [f"m@1@0@{h}@float" for h in HASHES]
 def test_tags_stand_in_the_keys_of_both_sides(rig):
     tags = ["@salt%1", "@salt%1", "@salt%1@mm%2"]
     tagged = [key + tag for key, tag in zip(KEYS, tags, strict=True)]
-    rig.step(push_starts=[push(tags=tags)], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    rig.step(push_starts=[push(tags=tags)], push_steps=[PushStep("a", (TABLE,), True, TOKENS)])
     assert rig.sender.next(wire.Reserve).keys == tagged
     rig.step(load_starts=[dataclasses.replace(load(name="b", req="s"), tags=tags)])
     assert rig.receiver.next(wire.Await).keys == tagged
 
 
 def test_chunks_are_staged_when_they_have_slots_and_tokens(rig):
-    rig.step(push_starts=[push()], push_steps=[PushStep("a", TABLE[:3], True, 40)])
+    rig.step(push_starts=[push()], push_steps=[PushStep("a", (TABLE[:3],), True, 40)])
     assert rig.sender.next() == wire.Reserve("r", wire.Target("h", 7300, 7400), KEYS, TOKENS, 40, True)
     rig.sender.say(wire.Granted("r", 0, [0, 1], [5, 3]))
     rig.until(lambda: not rig.sender.nothing())
@@ -134,7 +134,7 @@ def test_chunks_are_staged_when_they_have_slots_and_tokens(rig):
     assert (staged.req, staged.chunks) == ("r", [0])
     assert torch.equal(rig.chunk(5, CHUNK), rig.kv(TABLE, 0, 32))
     # The worker announces a chunk only after the forward that completes it.
-    rig.worker.begin(StepMetadata(push_steps=[PushStep("a", TABLE[3:], False, TOKENS)]))
+    rig.worker.begin(StepMetadata(push_steps=[PushStep("a", (TABLE[3:],), False, TOKENS)]))
     assert rig.sender.next() == wire.Computing("r", TOKENS)
     rig.worker.move()
     assert rig.sender.nothing()
@@ -153,7 +153,7 @@ def test_chunks_are_staged_when_they_have_slots_and_tokens(rig):
 
 
 def begin_push(rig, upto=TOKENS):
-    rig.step(push_starts=[push()], push_steps=[PushStep("a", TABLE, True, upto)])
+    rig.step(push_starts=[push()], push_steps=[PushStep("a", (TABLE,), True, upto)])
     rig.sender.next(wire.Reserve)
 
 
@@ -213,9 +213,9 @@ def test_a_preempted_push_gathers_from_its_new_table_and_keeps_what_is_staged(ri
     rig.until(lambda: rig.worker._senders[0]._by_req["r"].slots)
     assert rig.sender.nothing()  # the request's old blocks belong to other requests
     again = [20, 21, 22, 23, 24]
-    rig.step(push_steps=[PushStep("a", again, True, 48)])
+    rig.step(push_steps=[PushStep("a", (again,), True, 48)])
     assert rig.sender.nothing()  # computed again up to token 48, but chunk 1 ends at 64
-    rig.step(push_steps=[PushStep("a", [], False, TOKENS)])
+    rig.step(push_steps=[PushStep("a", ([],), False, TOKENS)])
     assert rig.sender.next() == wire.Computing("r", TOKENS)
     assert rig.sender.next(wire.Staged).chunks == [1, 2]
     assert torch.equal(rig.chunk(2, 32), rig.kv(again, 32, 64))
@@ -236,7 +236,7 @@ def test_blocks_are_not_held_for_ever(tmp_path):
 def test_without_a_sidecar_a_push_ends_at_once(rig):
     rig.sender.stop()
     rig.until(lambda: not rig.worker._links[0].client.connected)
-    rig.step(push_starts=[push()], push_steps=[PushStep("a", TABLE, True, TOKENS)])
+    rig.step(push_starts=[push()], push_steps=[PushStep("a", (TABLE,), True, TOKENS)])
     assert rig.step(forward=False, finished=["a"])[0] == {"a"}
     assert rig.stats.data["save_failures"] == {"no_sidecar": 1}
 
@@ -280,7 +280,7 @@ def test_a_load_is_scattered_released_and_reported_once(rig):
     assert ready.slots == [7, 6, 5]
     sent, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (sent, received, failed) == ([], ["a"], [])
-    assert torch.equal(rig.kv(start.blocks, 0, TOKENS), torch.cat(list(landed.values()), 2))
+    assert torch.equal(rig.kv(start.tables[0], 0, TOKENS), torch.cat(list(landed.values()), 2))
     released = []
     while len(released) < 3:
         released += rig.receiver.next(wire.Release).chunks
@@ -305,9 +305,9 @@ def test_the_local_prefix_is_never_written(rig, first_token):
     for name, tensor in rig.tensors.items():
         for block in range(BLOCKS):
             same = torch.equal(tensor[block], before[name][block])
-            assert same == (block not in start.blocks[3:]), block
-    assert torch.equal(rig.kv(start.blocks, 64, 80), landed[2])
-    assert torch.equal(rig.kv(start.blocks, 48, 64), landed[1][:, :, 48 - max(32, first_token) :])
+            assert same == (block not in start.tables[0][3:]), block
+    assert torch.equal(rig.kv(start.tables[0], 64, 80), landed[2])
+    assert torch.equal(rig.kv(start.tables[0], 48, 64), landed[1][:, :, 48 - max(32, first_token) :])
 
 
 def test_a_chunk_that_begins_too_late_is_not_used(rig):
@@ -374,7 +374,7 @@ def test_loads_fail_with_their_sidecar_and_the_next_one_works(rig):
     rig.receiver.say(ready)
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
     assert (received, failed) == (["b"], [])
-    assert torch.equal(rig.kv(load().blocks, 0, TOKENS), torch.cat(list(landed.values()), 2))
+    assert torch.equal(rig.kv(load().tables[0], 0, TOKENS), torch.cat(list(landed.values()), 2))
 
 
 def test_a_sidecar_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
@@ -451,7 +451,7 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
         worker.read()
         assert time.monotonic() < deadline
     assert worker.news(rest=False) == (set(), {"a"})
-    assert not torch.equal(rig.kv(start.blocks, 0, TOKENS), want)
+    assert not torch.equal(rig.kv(start.tables[0], 0, TOKENS), want)
     if then == "step":
         worker.begin(StepMetadata())
     else:
@@ -460,7 +460,7 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
         while worker._receivers[0]._copier is not None:
             worker.read()
             assert time.monotonic() < deadline
-    assert torch.equal(rig.kv(start.blocks, 0, TOKENS), want)
+    assert torch.equal(rig.kv(start.tables[0], 0, TOKENS), want)
     worker.move()
     assert rig.stats.data["loads"] == 1
     assert "load_failures" not in rig.stats.data

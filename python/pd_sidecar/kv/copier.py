@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.kv.plan import Part
     from pd_sidecar.sidecar.connection import Connection
 
 Mark = Any
@@ -31,6 +32,19 @@ class Piece:
     """The tokens `[from, to)` that the slot holds."""
     tokens: tuple[int, int]
     """The tokens `[from, to)` to move, a part of `packed`."""
+    part: int = 0
+    """The index of the group in the layout."""
+    offset: int = 0
+    """The first byte of the part in the slot."""
+    start: int = 0
+    """For state: the first byte of the part in the group's state."""
+    bytes: int = 0
+    """For state: the bytes of the part."""
+
+
+def piece_of(part: Part, slot: int, table: torch.Tensor, tokens: tuple[int, int] | None = None) -> Piece:
+    """Returns the piece of a part of a plan; of the part's tokens only `tokens`, if there is such a range."""
+    return Piece(slot, table, part.tokens, tokens or part.tokens, part.group, part.offset, part.start, part.bytes)
 
 
 class Fence(Protocol):

@@ -86,6 +86,13 @@ def keys(
     return [f"{head}{value}{tail}{tag}" for value, tag in zip(hashes, tags, strict=True)]
 
 
+def state_keys(token_keys: Sequence[str], chunks: int) -> list[str]:
+    """Returns the keys of the chunks of a state. The state depends on all tokens, so the keys have the last token
+    chunk's hash.
+    """
+    return [f"{token_keys[-1]}@state%{index}" for index in range(chunks)]
+
+
 def _algorithm(name: str, environ: Mapping[str, str]) -> Callable[[object], int]:
     why = refusal(name, environ)
     if why is not None:

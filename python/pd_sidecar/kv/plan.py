@@ -79,6 +79,11 @@ class Plan:
         """Returns the chunks that are not empty."""
         return [chunk for chunk in range(self.chunks) if self.parts(chunk)]
 
+    @property
+    def bytes(self) -> int:
+        """The bytes of all chunks."""
+        return sum(map(self.size, range(self.chunks)))
+
     def needs(self, chunk: int) -> int:
         """Returns the number of tokens that must be computed before the chunk is complete. The state is complete when
         exactly this number of tokens is computed.

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 if TYPE_CHECKING:
     from pd_sidecar.scheduler.kept import FetchPort, KeptSource
+    from pd_sidecar.scheduler.tables import Tables
 
 # A request has two names in these messages. `engine_id` is vLLM's name, and differs between the two sides. `req` is the
 # proxy's name, and is the same everywhere.
@@ -43,13 +44,16 @@ class PushStep:
     """A prefill request computes in this step."""
 
     engine_id: str
-    blocks: list[int]
-    """Block ids. If `replace` is true, these blocks replace the request's table; otherwise they are appended to the
-    table.
+    tables: Tables
+    """Block ids of each of vLLM's groups. They are appended to the request's tables, unless `replace` or `is_whole` is
+    true. Empty if there are no new blocks.
     """
     replace: bool
+    """True if these blocks are the request's new tables, and no token counts as computed."""
     upto: int
     """The number of prompt tokens that are computed when the step is over."""
+    is_whole: bool = False
+    """True if these blocks are the whole tables. What is computed stays computed."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class LoadStart:
     """
     load_tokens: int
     """The end (exclusive) of the tokens to load, which begin after `have_tokens`."""
-    blocks: list[int]
+    tables: Tables
+    """The block ids of each of vLLM's groups."""
     written: bool = False
     """True if an LMCache sender has told the proxy that the whole prompt is written."""
     tags: list[str] = field(default_factory=list)

@@ -25,18 +25,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from pd_sidecar.scheduler.adapters import Adapters
 from pd_sidecar.scheduler.eligibility import Skip, Transfer, family, transfer, unserved
-from pd_sidecar.scheduler.kept import Keeping, KeepPolicy, new_token
+from pd_sidecar.scheduler.kept import Keeping, new_token
 from pd_sidecar.scheduler.metadata import CopyStart, LoadStart, PushStart, PushStep, StepMetadata
-from pd_sidecar.scheduler.scheduled import scheduled
+from pd_sidecar.scheduler.scheduled import scheduled, tables_now
+from pd_sidecar.scheduler.states import Load, LoadPhase, Push, PushPhase, Skipped
+from pd_sidecar.scheduler.tables import blocks_of, covers, used
 from pd_sidecar.scheduler.tagging import tags_of, untagged
+from pd_sidecar.scheduler.truncation import media_beyond, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -45,105 +46,12 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from pd_sidecar.kv.keys import ChunkHasher
+    from pd_sidecar.scheduler.states import Role, State
     from pd_sidecar.scheduler.stats import Stats
+    from pd_sidecar.scheduler.tables import Tables
 
 
 logger = init_logger("vllm.pd_sidecar.scheduler.scheduler")
-
-
-class PushPhase(Enum):
-    """The phases of a push, as in the diagram above."""
-
-    WAITING = auto()
-    RUNNING = auto()
-    HELD = auto()
-
-
-class LoadPhase(Enum):
-    """The phases of a load, as in the diagram above."""
-
-    OFFERED = auto()
-    PARKED = auto()
-    SETTLED = auto()
-    ABORTED = auto()
-
-
-@dataclass
-class Push:
-    """A prefill request whose KV another engine wants."""
-
-    request: Request
-    to: Transfer
-    adapter: str = ""
-    """The digest of the LoRA adapter's files; empty without an adapter."""
-    phase: PushPhase = PushPhase.WAITING
-    upto: int = 0
-    """The number of computed tokens that the workers know of; 0 again after a preemption."""
-    preempted: bool = False
-    token: str = ""
-    """The name under which the KV is kept; empty if the request names its receiver."""
-
-
-@dataclass
-class Load:
-    """A decode request whose KV comes from another engine."""
-
-    request: Request
-    transfer: Transfer
-    adapter: str = ""
-    """As in `Push`."""
-    phase: LoadPhase = LoadPhase.OFFERED
-    have_tokens: int = 0
-    source: Load | None = None
-    """The request of another sequence whose KV this request copies; `None` for a request that loads."""
-    table: list[int] = field(default_factory=list)
-    """The blocks of the pushed tokens, as of the last step."""
-    preemptions: int = 0
-    """The request's number of preemptions when `table` was last replaced. If the request has been preempted since then,
-    the table's blocks are gone.
-    """
-
-    def is_copyable(self, blocks: int) -> bool:
-        """Returns true if the first `blocks` blocks of the table hold the KV of all pushed tokens when the current step
-        begins.
-        """
-        request = self.request
-        return (
-            request.status.name == "RUNNING"
-            and request.num_computed_tokens >= self.pushed_tokens
-            and request.num_preemptions == self.preemptions
-            and len(self.table) >= blocks
-        )
-
-    @property
-    def pushed_tokens(self) -> int:
-        """The prompt tokens that the other engine pushes, including the tokens that this engine already has."""
-        prompt = self.request.num_prompt_tokens
-        return min(self.transfer.tokens or prompt, prompt)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A request that is computed as if there were no connector."""
-
-    reason: Skip
-
-
-State = Union[Push, Load, Skipped]  # noqa: UP007
-
-
-@dataclass(frozen=True)
-class Role:
-    """This engine's part in transfers."""
-
-    producer: bool
-    consumer: bool
-    ranks: int
-    """The number of ranks into which the two sides split KV."""
-    kv_groups: int
-    block_tokens: int
-    keep: KeepPolicy | None = None
-    """`None` if this engine keeps no KV for routers that name no receiver."""
 
 
 class Scheduler:
@@ -163,10 +71,15 @@ class Scheduler:
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 
     def arrived(self, request: Request) -> None:
-        """Handles a request that vLLM puts into its queue: its KV must not expire while the request waits."""
+        """Handles a request that vLLM puts into its queue: its KV must not expire while the request waits, and a prompt
+        must be cut before vLLM computes it.
+        """
         params = request.kv_transfer_params
-        if isinstance(params, dict) and "pd" in params:
-            self._state(request)
+        if not isinstance(params, dict) or not ("pd" in params or self._role.backoff):
+            return
+        state = self._state(request)
+        if isinstance(state, Push) and self._role.backoff:
+            truncate(request, state.tokens)
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Returns the number of tokens beyond `computed` that will be loaded; `None` if this number is not known yet.
@@ -188,8 +101,8 @@ class Scheduler:
         count = state.pushed_tokens - computed
         return (count, True) if count > 0 else (0, False)
 
-    def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> None:
-        """Records the blocks that vLLM allocated for the tokens to load."""
+    def allocated(self, request: Request, tables: Tables, external_tokens: int) -> None:
+        """Records the blocks that vLLM allocated for the tokens to load, by group."""
         state = self._state(request)
         if not isinstance(state, Load) or state.phase is not LoadPhase.OFFERED:
             return
@@ -204,7 +117,7 @@ class Scheduler:
         if state.source is not None:
             first = state.have_tokens // self._role.block_tokens
             last = self._blocks_of(state.have_tokens + external_tokens)
-            sources, own = state.source.table[first:last], blocks[first:last]
+            sources, own = state.source.table[first:last], tables[0][first:last]
             self._next.copy_starts.append(CopyStart(request.request_id, sources, own))
             self._stats.add("copied_tokens", external_tokens)
             return
@@ -225,7 +138,7 @@ class Scheduler:
                 tokens=state.pushed_tokens,
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
-                blocks=list(blocks),
+                tables=used(self._role.tables, tables),
                 written=state.transfer.written,
                 source=state.transfer.kept,
             )
@@ -233,13 +146,13 @@ class Scheduler:
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Returns the message to the workers for this step."""
-        for engine_id, blocks, replace, computed in scheduled(output):
+        for engine_id, tables, replace, computed in scheduled(output):
             state = self._states.get(engine_id)
             if isinstance(state, Push):
                 upto = computed + output.num_scheduled_tokens[engine_id]
-                self._push_step(engine_id, state, blocks, replace, upto)
+                self._push_step(engine_id, state, output, tables, replace=replace, upto=upto)
             elif isinstance(state, Load):
-                self._track(state, blocks, replace)
+                self._track(state, tables[0] if tables else [], replace)
         if self._role.producer:
             for engine_id, state in self._states.items():
                 if isinstance(state, Push) and _lost_its_blocks(state):
@@ -250,7 +163,7 @@ class Scheduler:
         metadata.idle = output.total_num_scheduled_tokens == 0
         return metadata
 
-    def finished(self, request: Request, blocks: list[int], *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Request, tables: Tables, *, completed: bool) -> tuple[bool, dict[str, Any] | None]:
         """Ends a request. Returns two values: true if the request's blocks stay until the workers report the request,
         and the parameters of the response.
         """
@@ -260,7 +173,7 @@ class Scheduler:
             # vLLM never asked about this request. For example, vLLM makes some requests only to report a rejection.
             state = self._states[engine_id] = self._classify(request)
         if isinstance(state, Push):
-            return self._finish_push(engine_id, state, blocks, completed)
+            return self._finish_push(engine_id, state, tables, completed)
         if isinstance(state, Load) and state.phase is LoadPhase.PARKED:
             # vLLM itself holds the blocks of a parked request until the workers report the request.
             state.phase = LoadPhase.ABORTED
@@ -322,9 +235,11 @@ class Scheduler:
             # the decode side's id.
             wish = dataclasses.replace(wish, req=request.request_id)
         skip = unserved(request)
-        if self._role.kv_groups != 1:
-            skip = Skip.KV_GROUPS
-        elif self.unmoved:
+        tokens = request.num_prompt_tokens
+        if wish.is_push and not wish.wants_first_token:
+            # Without the first token from prefill, the decode side computes the last prompt token.
+            tokens -= self._role.backoff
+        if self.unmoved:
             skip = Skip.LAYOUT
         elif not (self._role.producer if wish.is_push else self._role.consumer):
             skip = Skip.WRONG_ROLE
@@ -345,6 +260,10 @@ class Scheduler:
             skip = adapter
         elif skip is None and wish.written:
             skip = untagged(request)
+        elif skip is None and tokens <= 0:
+            skip = Skip.NOTHING_TO_LOAD
+        elif skip is None and media_beyond(request, tokens):
+            skip = Skip.MULTIMODAL
         if skip is not None:
             if not wish.is_push and self._role.consumer:
                 self._expect(wish)
@@ -355,11 +274,13 @@ class Scheduler:
         weights = "" if isinstance(adapter, Skip) else adapter
         if not self._claim(wish, request.request_id):
             source = self._source(wish, request)
+            if source is not None and len(self._role.tables) > 1:
+                return Skipped(Skip.KV_GROUPS)
             return Skipped(Skip.DUPLICATE) if source is None else Load(request, wish, weights, source=source)
         if wish.is_push:
-            return Push(request, wish, weights, token=new_token() if wish.keeps else "")
+            return Push(request, wish, weights, token=new_token() if wish.keeps else "", tokens=tokens)
         self._expect(wish)
-        return Load(request, wish, weights)
+        return Load(request, wish, weights, backoff=self._role.backoff)
 
     def _expect(self, wish: Transfer) -> None:
         if wish.kept is not None:
@@ -411,7 +332,13 @@ class Scheduler:
         return True
 
     @staticmethod
-    def _start(request: Request, wish: Transfer, hashes: Sequence[str] = (), tags: Sequence[str] = ()) -> PushStart:
+    def _start(
+        request: Request,
+        wish: Transfer,
+        hashes: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        tokens: int | None = None,
+    ) -> PushStart:
         return PushStart(
             engine_id=request.request_id,
             req=wish.req,
@@ -420,39 +347,47 @@ class Scheduler:
             alloc_ports=wish.alloc_ports,
             hashes=list(hashes),
             tags=list(tags),
-            tokens=request.num_prompt_tokens,
+            tokens=request.num_prompt_tokens if tokens is None else tokens,
             overlap=wish.overlap,
         )
 
-    def _push_step(self, engine_id: str, state: Push, blocks: list[int], replace: bool, upto: int) -> None:
-        tokens = state.request.num_prompt_tokens
+    def _push_step(
+        self, engine_id: str, state: Push, output: SchedulerOutput, tables: Tables, *, replace: bool, upto: int
+    ) -> None:
+        tokens = state.tokens
         if state.phase is PushPhase.WAITING:
             state.phase = PushPhase.RUNNING
-            hashes = self._hasher.chain(state.request.prompt_token_ids or ())
+            hashes = self._hasher.chain((state.request.prompt_token_ids or ())[:tokens])
             tags = tags_of(state.request, state.adapter, len(hashes), self._hasher.chunk_tokens)
-            start = self._start(state.request, state.to, hashes, tags)
+            start = self._start(state.request, state.to, hashes, tags, tokens)
             self._next.push_starts.append(dataclasses.replace(start, token=state.token, keep_ms=self.keeping.keep_ms))
         elif replace:
             # The request was preempted and resumed within one step: it has a new table, and no token counts as
             # computed.
             state.upto = 0
-        if state.upto < tokens:
-            state.upto = min(upto, tokens)
-            state.preempted = False
-            self._next.push_steps.append(PushStep(engine_id, list(blocks), replace, state.upto))
+        if state.upto >= tokens:
+            return
+        state.upto = min(upto, tokens)
+        state.preempted = False
+        whole = tables_now(output, engine_id) if self._role.backoff else None
+        if whole is None:
+            self._next.push_steps.append(PushStep(engine_id, tables, replace, state.upto))
+        else:
+            own = used(self._role.tables, whole)
+            self._next.push_steps.append(PushStep(engine_id, own, replace, state.upto, is_whole=True))
 
     def _finish_push(
-        self, engine_id: str, state: Push, blocks: list[int], completed: bool
+        self, engine_id: str, state: Push, tables: Tables, completed: bool
     ) -> tuple[bool, dict[str, Any] | None]:
         # A request may have begun before the scheduler learned that the workers move no KV.
         refused = Skip.LAYOUT if self.unmoved else None
-        needed = self._blocks_of(state.request.num_prompt_tokens)
-        if refused is None and completed and state.phase is PushPhase.RUNNING and len(blocks) >= needed:
+        is_whole = covers(self._role.tables, tables, state.tokens)
+        if refused is None and completed and state.phase is PushPhase.RUNNING and is_whole:
             if not state.token:
                 self._held += 1
             elif not self.keeping.is_possible(self._role.ranks):
                 refused = Skip.NO_FETCH_PORT
-            elif not self.keeping.hold(engine_id, blocks):
+            elif not self.keeping.hold(engine_id, blocks_of(tables)):
                 refused = Skip.KEEP_FULL
             if refused is None:
                 state.phase = PushPhase.HELD
@@ -469,7 +404,7 @@ class Scheduler:
     def _response(self, state: Push) -> dict[str, Any]:
         """Returns the `kv_transfer_params` of a prefill leg's answer."""
         if state.token:
-            return self.keeping.answer(state.token, state.request.num_prompt_tokens)
+            return self.keeping.answer(state.token, state.tokens)
         return _first_token(state.request, {"pushed": True, "req_id": state.to.req})
 
     def _not_pushed(self, request: Request, reason: Skip) -> dict[str, Any]:

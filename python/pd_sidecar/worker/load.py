@@ -16,14 +16,13 @@ import torch
 from vllm.logger import init_logger
 
 from pd_sidecar.client import Ended, NotConnectedError, Ready
-from pd_sidecar.kv import keys
-from pd_sidecar.kv.copier import Piece
-from pd_sidecar.kv.layout import chunk_span, wanted_chunks
+from pd_sidecar.kv.copier import piece_of
 from pd_sidecar.sidecar.wire import Keeper, WireError
 
 if TYPE_CHECKING:
     from pd_sidecar.client import Client
-    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
+    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark, Piece
+    from pd_sidecar.kv.plan import Plan
     from pd_sidecar.scheduler.kept import KeptSource
     from pd_sidecar.scheduler.metadata import LoadStart, StepMetadata
     from pd_sidecar.scheduler.stats import Stats
@@ -37,7 +36,9 @@ class Incoming:
     """One parked request."""
 
     start: LoadStart
-    table: torch.Tensor
+    tables: dict[int, torch.Tensor]
+    """The block tables, by vLLM group."""
+    plan: Plan
     began: float
     mark: Mark
     """The mark after all engine work that may still write to the request's blocks."""
@@ -86,7 +87,7 @@ class Receiver:
         self._copier: Copier | None = None
         self._by_engine_id: dict[str, Incoming] = {}
         self._by_req: dict[str, Incoming] = {}
-        self._ready: list[tuple[Incoming, int, Piece]] = []
+        self._ready: list[tuple[Incoming, int, list[Piece]]] = []
         self._scatters: list[_Scatter] = []
 
     def begin(self, metadata: StepMetadata) -> None:
@@ -128,24 +129,20 @@ class Receiver:
         if incoming is None or incoming.failure is not None:
             self._release(message.req, message.chunks, 0)
             return
-        start = incoming.start
+        packed = self._rank.plan(incoming.start.tokens, message.first_token)
         for chunk, slot in zip(message.chunks, message.slots, strict=True):
-            packed = chunk_span(chunk, start.tokens, message.first_token, self._rank.chunk_tokens)
-            begin, end = max(packed[0], start.have_tokens), min(packed[1], start.load_tokens)
-            wanted, _ = chunk_span(chunk, start.tokens, start.have_tokens, self._rank.chunk_tokens)
             if chunk not in incoming.missing:
                 self._release(message.req, [chunk], 0)
-            elif begin != wanted:
-                # The chunk starts at a later token than this engine needs.
+                continue
+            pieces = self._pieces(incoming, packed, chunk, slot)
+            if pieces is None:
                 self._give_up(incoming, "bad_chunk")
                 return
-            elif begin < end:
-                piece = Piece(slot, incoming.table, packed, (begin, end))
-                self._ready.append((incoming, chunk, piece))
+            incoming.missing.discard(chunk)
+            if pieces:
+                self._ready.append((incoming, chunk, pieces))
                 incoming.arrived += 1
-                incoming.missing.discard(chunk)
             else:
-                incoming.missing.discard(chunk)
                 self._release(message.req, [chunk], 0)
 
     def ended(self, message: Ended) -> None:
@@ -181,7 +178,7 @@ class Receiver:
                     self._succeed(incoming)
             else:
                 held = incoming.start.have_tokens // self._rank.block_tokens
-                results.failed[engine_id] = incoming.start.blocks[held:]
+                results.failed[engine_id] = incoming.start.tables[0][held:]
         return results
 
     @property
@@ -199,24 +196,46 @@ class Receiver:
         """True while a scatter is under way, so that the sidecar cannot use its slots for other chunks yet."""
         return bool(self._scatters)
 
+    def _pieces(self, incoming: Incoming, packed: Plan, chunk: int, slot: int) -> list[Piece] | None:
+        """Returns the pieces of a chunk that this engine needs. `None` if a part of the chunk starts at a later token
+        than this engine needs.
+        """
+        pieces = []
+        arrived = {part.group: part for part in packed.parts(chunk)}
+        for wanted in incoming.plan.parts(chunk):
+            part = arrived.get(wanted.group)
+            if part is None or part.tokens[0] > wanted.tokens[0]:
+                return None
+            tokens = wanted.tokens[0], min(wanted.tokens[1], incoming.start.load_tokens)
+            if not packed.is_state(chunk) and tokens[0] >= tokens[1]:
+                continue
+            pieces.append(piece_of(part, slot, incoming.tables[self._rank.tables[part.group]], tokens))
+        return pieces
+
     def _await(self, start: LoadStart, mark: Mark) -> None:
         rank = self._rank
         incoming = Incoming(
             start=start,
-            table=torch.tensor(start.blocks, dtype=torch.int64),
+            tables={group: torch.tensor(start.tables[group], dtype=torch.int64) for group in set(rank.tables)},
+            plan=(plan := rank.plan(start.tokens, start.have_tokens)),
             began=time.monotonic(),
             mark=mark,
-            missing=set(wanted_chunks(start.tokens, start.have_tokens, rank.chunk_tokens)),
+            missing=set(plan.wanted()),
         )
         self._by_engine_id[start.engine_id] = incoming
         self._by_req[start.req] = incoming
+        if rank.is_partial and start.load_tokens != start.tokens:
+            # The engine takes fewer tokens than are offered. The window or the state of another position is of no use.
+            self._fail(incoming, "bad_chunk")
+            self._tell_abort(start.req)
+            return
         if start.source is not None:
             # Send `Expect` again, for a sidecar that has restarted since the request arrived.
             self._expect(start.req, start.source)
         try:
             self._client.await_(
                 start.req,
-                keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype, start.tags),
+                rank.keys(start.hashes, start.tags, start.tokens),
                 tokens=start.tokens,
                 have_tokens=start.have_tokens,
                 deadline_ms=rank.load_deadline_ms,
@@ -243,7 +262,7 @@ class Receiver:
             self._ready.clear()
             return False
         marks = {id(incoming.mark): incoming.mark for incoming, _, _ in ready}
-        fence = self._copier.scatter([piece for _, _, piece in ready], marks.values())
+        fence = self._copier.scatter([piece for _, _, pieces in ready for piece in pieces], marks.values())
         chunks: dict[int, tuple[Incoming, list[int]]] = {}
         for incoming, chunk, _ in ready:
             chunks.setdefault(id(incoming), (incoming, []))[1].append(chunk)
@@ -280,7 +299,8 @@ class Receiver:
     def _succeed(self, incoming: Incoming) -> None:
         start = incoming.start
         tokens, parked = start.load_tokens - start.have_tokens, time.monotonic() - incoming.began
-        size, seconds = tokens * self._rank.token_bytes, incoming.scatter_seconds
+        unused = (start.tokens - start.load_tokens) * sum(group.bytes for group in self._rank.groups)
+        size, seconds = incoming.plan.bytes - unused, incoming.scatter_seconds
         self._stats.add("loads")
         self._stats.add("load_tokens", tokens)
         self._stats.add("load_bytes", size)

@@ -13,9 +13,7 @@ import torch
 from vllm.logger import init_logger
 
 from pd_sidecar.client import Ended, Granted, NotConnectedError
-from pd_sidecar.kv import keys
-from pd_sidecar.kv.copier import Piece
-from pd_sidecar.kv.layout import chunk_span, wanted_chunks
+from pd_sidecar.kv.copier import piece_of
 from pd_sidecar.sidecar.wire import Target, WireError
 from pd_sidecar.worker.event_slots import EventSlots
 from pd_sidecar.worker.push_state import (
@@ -31,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pd_sidecar.client import Client
-    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
+    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark, Piece
+    from pd_sidecar.kv.plan import Plan
     from pd_sidecar.scheduler.metadata import PushStart, PushStep, StepMetadata
     from pd_sidecar.scheduler.stats import Stats
     from pd_sidecar.worker.ranks import Rank
@@ -70,7 +69,7 @@ class Sender:
         for engine_id in metadata.preempted:
             if outgoing := self._by_engine_id.get(engine_id):
                 self._hold(outgoing)
-                outgoing.table, outgoing.table_tensor = [], None
+                outgoing.tables, outgoing.tensors = (), {}
                 outgoing.computed = outgoing.upto = 0
         for engine_id in metadata.cancelled:
             if outgoing := self._by_engine_id.get(engine_id):
@@ -140,7 +139,10 @@ class Sender:
         outgoing = self._by_req.get(message.req)
         if outgoing is None or outgoing.over:
             return  # The sidecar sent the grant before it read our `Cancel`.
-        outgoing.have_tokens = message.have_tokens
+        if outgoing.plan is None or outgoing.have_tokens != message.have_tokens:
+            outgoing.have_tokens = message.have_tokens
+            outgoing.plan = self._rank.plan(outgoing.start.tokens, message.have_tokens)
+            outgoing.wanted = frozenset(outgoing.plan.wanted())
         outgoing.by_layers |= message.layers
         outgoing.slots.update(zip(message.chunks, message.slots, strict=True))
 
@@ -212,8 +214,12 @@ class Sender:
         outgoing = self._by_engine_id.get(step.engine_id)
         if outgoing is None:
             return
-        outgoing.table = step.blocks if step.replace else outgoing.table + step.blocks
-        outgoing.table_tensor = None
+        if step.replace or step.is_whole or not outgoing.tables:
+            outgoing.tables = step.tables
+        elif step.tables:
+            pairs = zip(outgoing.tables, step.tables, strict=True)
+            outgoing.tables = tuple(known + more for known, more in pairs)
+        outgoing.tensors = {}
         if step.replace:
             # A new table may start with a prefix hit. The tokens of the hit count as computed only when this step is
             # over.
@@ -248,7 +254,7 @@ class Sender:
             self._client.keep(
                 start.req,
                 start.token,
-                keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype, start.tags),
+                rank.keys(start.hashes, start.tags, start.tokens),
                 tokens=start.tokens,
                 upto=upto,
                 keep_ms=start.keep_ms,
@@ -259,7 +265,7 @@ class Sender:
         self._client.reserve(
             start.req,
             target,
-            keys.keys(rank.model, rank.world_size, rank.index, start.hashes, rank.dtype, start.tags),
+            rank.keys(start.hashes, start.tags, start.tokens),
             tokens=start.tokens,
             upto=upto,
             overlap=start.overlap,
@@ -277,7 +283,7 @@ class Sender:
     def _gather(self, copier: Copier, entries: list[Entry]) -> None:
         take_slots(entries)
         signal = self._event_slots.take({entry.outgoing.start.req for entry in entries})
-        pieces = [entry.piece for entry in entries]
+        pieces = [piece for entry in entries for piece in entry.pieces]
         fence = copier.gather(pieces, self._computed, signal, last=self._is_last)
         self._launched(fence, entries, signal)
 
@@ -311,11 +317,11 @@ class Sender:
             for entry in self._complete(lambda outgoing: outgoing.upto)
             if (always or entry.outgoing.by_layers)
             # Chunks that an earlier step completed do not have to wait for this step's last layers.
-            and entry.piece.tokens[1] > entry.outgoing.computed
+            and entry.pieces[0].tokens[1] > entry.outgoing.computed
         ]
         if self._copier is None or not entries or self._event_slots.free < SPARE_EVENTS:
             return None
-        layered_copy = self._copier.layered_copy([entry.piece for entry in entries])
+        layered_copy = self._copier.layered_copy([piece for entry in entries for piece in entry.pieces])
         if layered_copy is None:
             return None
         take_slots(entries)
@@ -356,23 +362,27 @@ class Sender:
         self._event_slots.put_back(signal for _, signal in layered.ranges)
         for entry in layered.entries:
             if not entry.outgoing.over:
-                entry.outgoing.slots[entry.chunk] = entry.piece.slot
+                entry.outgoing.slots[entry.chunk] = entry.slot
 
     def _complete(self, upto: Callable[[Outgoing], int]) -> list[Entry]:
         """Returns the chunks that have a slot and lie within the first `upto` tokens of their request."""
         complete = []
         for outgoing in self._by_engine_id.values():
-            if outgoing.over or outgoing.have_tokens is None:
+            if outgoing.over or outgoing.plan is None:
                 continue
             for chunk, slot in outgoing.slots.items():
-                span = chunk_span(chunk, outgoing.start.tokens, outgoing.have_tokens, self._rank.chunk_tokens)
-                if span[1] > upto(outgoing):
-                    continue
-                if outgoing.table_tensor is None:
-                    outgoing.table_tensor = torch.tensor(outgoing.table, dtype=torch.int64)
-                piece = Piece(slot, outgoing.table_tensor, span, span)
-                complete.append(Entry(outgoing, chunk, piece))
+                if outgoing.plan.needs(chunk) <= upto(outgoing):
+                    complete.append(Entry(outgoing, chunk, slot, self._pieces(outgoing, outgoing.plan, chunk, slot)))
         return complete
+
+    def _pieces(self, outgoing: Outgoing, plan: Plan, chunk: int, slot: int) -> list[Piece]:
+        pieces = []
+        for part in plan.parts(chunk):
+            group = self._rank.tables[part.group]
+            if group not in outgoing.tensors:
+                outgoing.tensors[group] = torch.tensor(outgoing.tables[group], dtype=torch.int64)
+            pieces.append(piece_of(part, slot, outgoing.tensors[group]))
+        return pieces
 
     def _settle(self) -> None:
         """Tells the sidecar which gathers have finished. The sidecar already knows the gathers that have an event."""
@@ -418,16 +428,15 @@ class Sender:
             if gather.outgoing is outgoing:
                 self._device.hold(gather.fence)
 
-    def _wanted(self, outgoing: Outgoing) -> range:
-        return wanted_chunks(outgoing.start.tokens, outgoing.have_tokens or 0, self._rank.chunk_tokens)
-
-    def _is_staged(self, outgoing: Outgoing) -> bool:
-        return outgoing.have_tokens is not None and outgoing.staged.issuperset(self._wanted(outgoing))
+    @staticmethod
+    def _is_staged(outgoing: Outgoing) -> bool:
+        return outgoing.plan is not None and outgoing.staged.issuperset(outgoing.wanted)
 
     def _succeed(self, outgoing: Outgoing) -> None:
         outgoing.over = True
         tokens = outgoing.start.tokens - (outgoing.have_tokens or 0)
-        size, seconds = tokens * self._rank.token_bytes, outgoing.gather_seconds
+        size = outgoing.plan.bytes if outgoing.plan is not None else 0
+        seconds = outgoing.gather_seconds
         self._stats.add("saves")
         self._stats.add("save_tokens", tokens)
         self._stats.add("save_bytes", size)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     import torch
 
     from pd_sidecar.kv.copier import Fence, LayeredCopy, Piece
+    from pd_sidecar.kv.plan import Plan
     from pd_sidecar.scheduler.metadata import PushStart
+    from pd_sidecar.scheduler.tables import Tables
 
 
 @dataclass
@@ -20,14 +22,20 @@ class Outgoing:
 
     start: PushStart
     began: float
-    table: list[int] = field(default_factory=list)
-    table_tensor: torch.Tensor | None = None
+    tables: Tables = ()
+    """The block ids, by vLLM group."""
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The same tables as tensors, by vLLM group, as far as pieces have used them."""
     computed: int = 0
     """The number of tokens whose KV is in the blocks of the table."""
     upto: int = 0
     """The number of tokens whose KV will be in the blocks when the step is over."""
     announced: int = 0
     have_tokens: int | None = None
+    plan: Plan | None = None
+    """The plan that follows from `have_tokens`."""
+    wanted: frozenset[int] = frozenset()
+    """The chunks that the receiver wants, as the plan says."""
     by_layers: bool = False
     """True if the sidecar asked for a gather layer by layer, because the KV then arrives sooner."""
     slots: dict[int, int] = field(default_factory=dict)
@@ -52,7 +60,9 @@ class Entry:
 
     outgoing: Outgoing
     chunk: int
-    piece: Piece
+    slot: int
+    pieces: list[Piece]
+    """The parts of the chunk, one for each group that has tokens or state in it."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,8 @@ class Gather:
 
 
 def tokens_of(entries: Iterable[Entry]) -> int:
-    """Returns the number of tokens in all entries."""
-    return sum(entry.piece.tokens[1] - entry.piece.tokens[0] for entry in entries)
+    """Returns the number of tokens in all entries of a layout with one group."""
+    return sum(entry.pieces[0].tokens[1] - entry.pieces[0].tokens[0] for entry in entries)
 
 
 def take_slots(entries: Iterable[Entry]) -> None:

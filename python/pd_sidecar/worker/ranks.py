@@ -17,8 +17,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pd_sidecar.kv import keys
+from pd_sidecar.kv.plan import Plan
+
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
+
+    from pd_sidecar.sidecar.wire import Group
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,30 @@ class Rank:
     dtype: str
     chunk_tokens: int
     block_tokens: int
-    token_bytes: int
+    """The number of tokens of a block of vLLM's first group."""
+    groups: tuple[Group, ...]
+    """The groups of the layout; one full group if the layout names none."""
+    tables: tuple[int, ...]
+    """For each group, the index of the vLLM group that has its block table."""
     load_deadline_ms: int
     save_deadline_s: float
     layers: int
     by_layers: bool
     """If true, an asynchronous device gathers by layers even if the sidecar does not ask for it."""
+
+    def plan(self, tokens: int, have: int) -> Plan:
+        """Returns the chunks of a request. The decode side computes token `tokens` next and has `have` tokens."""
+        return Plan(self.groups, self.chunk_tokens, tokens=tokens, have=have)
+
+    def keys(self, hashes: Sequence[str], tags: Sequence[str], tokens: int) -> list[str]:
+        """Returns the keys of a request's chunks, including the chunks of the state."""
+        own = keys.keys(self.model, self.world_size, self.index, hashes, self.dtype, tags)
+        return own + keys.state_keys(own, self.plan(tokens, 0).state_chunks)
+
+    @property
+    def is_partial(self) -> bool:
+        """True if a load must end exactly at the position for which the prefill side computed it."""
+        return any(group.kind != "full" for group in self.groups)
 
     @property
     def load_limit_s(self) -> float:

@@ -24,7 +24,7 @@ from pd_sidecar.client import Client, Connected, Ended, Granted, Hello, Lost, Re
 from pd_sidecar.kv.device import device_of
 from pd_sidecar.scheduler.kept import FetchPort
 from pd_sidecar.scheduler.metadata import IdleReport
-from pd_sidecar.sidecar.wire import VERSION
+from pd_sidecar.sidecar.wire import VERSION, Group
 from pd_sidecar.worker.load import Receiver, Results
 from pd_sidecar.worker.poller import Poller
 from pd_sidecar.worker.push import Sender
@@ -117,13 +117,15 @@ class Worker:
             dtype=layout.dtype,
             chunk_tokens=options.chunk_size,
             block_tokens=geometry.block_tokens,
-            token_bytes=geometry.token_bytes,
+            groups=tuple(layout.groups) or (Group("full", geometry.token_bytes),),
+            tables=(0,),
             load_deadline_ms=options.load_deadline_ms,
             save_deadline_s=options.save_deadline_ms / 1e3,
             layers=layout.layers,
             by_layers=options.push == "layers",
         )
-        logger.info("rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, rank.token_bytes)
+        size = sum(group.bytes for group in rank.groups if group.kind != "state")
+        logger.info("rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, size)
         # One device per connection: the sidecar waits for the events that this connection's greeting named.
         device = device_of(geometry, options.chunk_size, signals=producer)
 
