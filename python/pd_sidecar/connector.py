@@ -25,11 +25,11 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.core.sched import output
-from vllm.v1.kv_cache_interface import AttentionSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
 from pd_sidecar.kv.keys import ChunkHasher
-from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer, geometry
+from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer
+from pd_sidecar.kv.parts import parts_of
 from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache, own_sidecar
 from pd_sidecar.scheduler.kept import KeepPolicy
@@ -352,13 +352,23 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):  # type: ignore[mi
             "consumer": self._consumer,
         }
         try:
-            hint = self._hint()
-            pages = geometry(kv_caches, hint, self._writers(kv_caches, hint))
-            pages = replace(pages, quantization=self._quantization(pages))
+            parts = parts_of(
+                kv_caches,
+                self._groups,
+                self._num_blocks,
+                self._config.cache_config.block_size,
+                self._writers,
+            )
+            parts = parts.quantized(self._quantization)
+            if not parts.is_one and self._partition.ranks != self._partition.workers:
+                raise LayoutError(
+                    f"KV with {len(parts.parts)} groups of layers cannot be divided into {self._partition.ranks} ranks "
+                    f"by {self._partition.workers} workers: use the same tensor-parallel size on both sides"
+                )
         except LayoutError as error:
             logger.error("KV of this model is not moved, requests are computed here: %s", error)
             return DisabledWorker(str(error), self._options, self._stats, **work)
-        return Worker(pages, self._options, self._stats, **work)
+        return Worker(parts, self._options, self._stats, **work)
 
     def _writers(self, kv_caches: Mapping[str, torch.Tensor], hint: Hint) -> dict[str, Writer]:
         """Returns the functions of the engine that store K and V, for the layers that have such a function.
@@ -375,28 +385,6 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):  # type: ignore[mi
             if update is not None:
                 writers[name] = functools.partial(update, layer)
         return writers
-
-    def _hint(self) -> Hint:
-        """Returns vLLM's description of the cache. Raises `LayoutError`."""
-        if len(self._groups) != 1:
-            raise LayoutError(f"the model has {len(self._groups)} KV cache groups, and the connector moves only one")
-        spec = self._groups[0].kv_cache_spec
-        # If layers of one type differ in size, each layer has its own spec. Take any of these specs: `geometry`
-        # compares the tensors of all layers later.
-        spec = next(iter(getattr(spec, "kv_cache_specs", {"": spec}).values()))
-        if not isinstance(spec, AttentionSpec) or getattr(spec, "tokens_per_state", 1) != 1:
-            raise LayoutError(f"the connector does not move KV caches of kind {type(spec).__name__}")
-        if (slots := getattr(spec, "num_head_slots", None)) is not None:
-            # The tensor's shape does not show whether a place is a head: pages with as many heads as places have the
-            # same shape.
-            raise LayoutError(f"pages of {spec.num_kv_heads} KV heads have {slots} places instead of one per head")
-        return Hint(
-            num_blocks=self._num_blocks,
-            block_tokens=self._config.cache_config.block_size,
-            kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            mla=isinstance(spec, MLAAttentionSpec),
-        )
 
     def _quantization(self, pages: Geometry) -> Quantization | None:
         """Returns the number format if the tensors hold bytes; otherwise `None`. Raises `LayoutError`."""

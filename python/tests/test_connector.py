@@ -12,7 +12,7 @@ from test_scheduler import load_params, output, push_params, request
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core.kv_cache_utils import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
@@ -49,9 +49,9 @@ def config(extra=None, *, role="kv_both", policy="recompute", layers=None, **par
     )
 
 
-def cache(groups=1):
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32)
-    return KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)] * groups)
+def cache(kind=FullAttentionSpec):
+    spec = kind(block_size=BLOCK, num_kv_heads=HEADS, head_size=SIZE, dtype=torch.float32)
+    return KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(NAMES, spec)])
 
 
 def tensors():
@@ -271,12 +271,12 @@ def test_a_failed_load_is_said_by_request_and_on_older_versions_by_block(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kv_caches", "groups"),
-    [({name: torch.zeros(BLOCKS, 3, 5) for name in NAMES}, 1), (tensors(), 2)],
-    ids=["shape", "groups"],
+    ("kv_caches", "kind"),
+    [({name: torch.zeros(BLOCKS, 3, 5) for name in NAMES}, FullAttentionSpec), (tensors(), CrossAttentionSpec)],
+    ids=["shape", "kind"],
 )
-def test_kv_that_cannot_be_moved_is_computed(kv_caches, groups, monkeypatch, caplog):
-    worker = worker_of(config(), kv_caches, monkeypatch, cache(groups))
+def test_kv_that_cannot_be_moved_is_computed(kv_caches, kind, monkeypatch, caplog):
+    worker = worker_of(config(), kv_caches, monkeypatch, cache(kind))
     scheduler = PdSidecarConnector(config(), KVConnectorRole.SCHEDULER, cache())
     worker.bind_connector_metadata(park(scheduler))
     assert worker.get_transfer_results(set()).failed_recving == {"a"}
@@ -290,7 +290,7 @@ def test_the_engines_kernel_is_asked(monkeypatch):
 
     layers = {name: SimpleNamespace(name=name, impl=SimpleNamespace(do_kv_cache_update=update)) for name in NAMES}
     worker = worker_of(config(layers=layers), tensors(), monkeypatch)
-    inside = worker._worker._geometry.first.inside
+    inside = worker._worker._parts.only.first.inside
     assert (int(inside[0, 0, 0]), int(inside[1, 0, 0])) == (SIZE, 0)
     worker.shutdown()
 

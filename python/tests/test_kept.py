@@ -443,7 +443,7 @@ def test_a_worker_expects_and_awaits(workers):
     assert (expect.req, expect.token, expect.epoch, expect.keep_ms) == ("d-1", TOKEN, EPOCH, 30_000)
     assert expect.from_ == wire.Keeper("10.0.0.1", 7600)
     tokens = test_worker.TOKENS
-    start = LoadStart("d-1", "d-1", test_worker.HASHES, tokens, 0, tokens, ([3, 9, 27, 1, 5],), source=SOURCE)
+    start = LoadStart("d-1", "d-1", test_worker.HASHES, tokens, 0, tokens, ([3, 9, 27, 1, 5],), [], source=SOURCE)
     workers.step(forward=False, load_starts=[start])
     workers.receiver.next(wire.Expect)
     assert workers.receiver.next(wire.Await).req == "d-1"

@@ -69,7 +69,7 @@ class Slow:
         self.held.append(fence)
 
     def copier(self, pages, connection):
-        host = HostCopier(pages, connection.memory, connection.welcome.slot_bytes)
+        host = HostCopier(pages.only, connection.memory, connection.welcome.slot_bytes)
         device = self
 
         class Copier:

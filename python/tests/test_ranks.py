@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from pd_sidecar.connector import PdSidecarConnector
 from pd_sidecar.kv.layout import Hint, geometry
+from pd_sidecar.kv.parts import Parts
 from pd_sidecar.options.config import ConfigError, Options
 from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.stats import Stats
@@ -104,7 +105,7 @@ class Engine:
         shares = partition(ranks=ranks, workers=workers, heads=heads, consumer=not producer)
         self.workers = [
             Worker(
-                geometry(tensors, hint),
+                Parts.one(geometry(tensors, hint)),
                 options,
                 Stats(),
                 engine="test",
@@ -154,7 +155,7 @@ class Engine:
 
 
 PUSH = PushStart("a", "r", "h", (7300, 7301), (7400, 7401), HASHES, TOKENS, True)
-LOAD = LoadStart("a", "r", HASHES, TOKENS, 0, TOKENS, (TABLE,))
+LOAD = LoadStart("a", "r", HASHES, TOKENS, 0, TOKENS, (TABLE,), TABLE)
 
 
 @pytest.fixture
@@ -262,7 +263,7 @@ def test_a_worker_whose_heads_another_sends_has_nothing_to_wait_for(tmp_path, en
     p = Engine(tmp_path / "p.sock", 2, 2, 2, producer=True)
     engines.append(p)
     spare = Worker(
-        geometry(p.tensors[1], Hint(BLOCKS, BLOCK, 1, SIZE, False)),
+        Parts.one(geometry(p.tensors[1], Hint(BLOCKS, BLOCK, 1, SIZE, False))),
         Options(sender_socket=str(tmp_path / "p.sock"), model_name="m", chunk_size=CHUNK),
         Stats(),
         engine="test",

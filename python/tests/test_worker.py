@@ -10,6 +10,7 @@ import torch
 from fake_sidecar import FakeSidecar
 
 from pd_sidecar.kv.layout import Hint, chunk_span, geometry
+from pd_sidecar.kv.parts import Parts
 from pd_sidecar.options.config import Options
 from pd_sidecar.scheduler.metadata import IdleReport, LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.stats import Stats
@@ -40,7 +41,7 @@ class Rig:
             **more,
         )
         self.worker = Worker(
-            geometry(self.tensors, Hint(BLOCKS, BLOCK, HEADS, SIZE, False)),
+            Parts.one(geometry(self.tensors, Hint(BLOCKS, BLOCK, HEADS, SIZE, False))),
             options,
             self.stats,
             engine="test",
@@ -106,7 +107,7 @@ def push(**more):
 
 
 def load(have=0, name="a", req="r", blocks=(3, 9, 27, 1, 5)):
-    return LoadStart(name, req, HASHES, TOKENS, have, TOKENS, (list(blocks),))
+    return LoadStart(name, req, HASHES, TOKENS, have, TOKENS, (list(blocks),), list(blocks)[have // BLOCK :])
 
 
 TABLE = [8, 2, 30, 11, 4]

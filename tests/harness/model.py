@@ -58,7 +58,7 @@ def write_model(folder: Path, *, layers: int = LAYERS) -> Path:
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
         _write_weights(folder, layers)
         done.touch()
     return folder
@@ -75,7 +75,7 @@ def write_gemma(folder: Path) -> Path:
         from transformers.models.gemma4 import Gemma4TextConfig
 
         folder.mkdir(parents=True, exist_ok=True)
-        _write_tokenizer(folder)
+        write_tokenizer(folder)
         config = Gemma4TextConfig(
             vocab_size=VOCABULARY,
             hidden_size=HIDDEN,
@@ -119,7 +119,7 @@ def write_llava(folder: Path, *, layers: int = LAYERS) -> Path:
         from transformers.models.llava import LlavaForConditionalGeneration
 
         folder.mkdir(parents=True, exist_ok=True)
-        _write_tokenizer(folder, IMAGE_TOKEN)
+        write_tokenizer(folder, IMAGE_TOKEN)
         vision = CLIPVisionConfig(
             hidden_size=64,
             intermediate_size=128,
@@ -191,7 +191,7 @@ def write_lora(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def _write_tokenizer(folder: Path, *special: str) -> None:
+def write_tokenizer(folder: Path, *special: str) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -50,6 +50,10 @@ class PairOptions:
     more: tuple[str, ...] = ()
     lora: dict[str, Path] = field(default_factory=dict)
     sidecar_keys: dict[str, object] = field(default_factory=dict)
+    # The module of the decode engine's connector.
+    decode_module: str = "pd_sidecar.connector"
+    # Further variables of the engines.
+    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -325,16 +329,17 @@ class Pair:
         side, own = ("sender", self.sender) if kv_role == "kv_producer" else ("receiver", self.receiver)
         sidecar = sidecar or own
         extra: dict[str, object] = {f"{side}_socket": str(sidecar.socket), "chunk_size": CHUNK_TOKENS}
+        module = "pd_sidecar.connector" if kv_role == "kv_producer" else self.options.decode_module
         if workers != self.options.ranks:
             extra["ranks"] = self.options.ranks
         kv_transfer = {
             "kv_connector": "PdSidecarConnector",
-            "kv_connector_module_path": "pd_sidecar.connector",
+            "kv_connector_module_path": module,
             "kv_role": kv_role,
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,
         }
-        path = [str(ROOT / "python")]
+        path = [str(ROOT / "python"), str(ROOT / "tests")]
         if workers > 1:
             path.append(str(ROOT / "tests" / "harness" / "patient"))
         return EngineOptions(
@@ -348,7 +353,7 @@ class Pair:
             forked=self.options.forked,
             lora=self.options.lora,
             more=self.options.more,
-            env={"PYTHONPATH": os.pathsep.join(path)},
+            env={"PYTHONPATH": os.pathsep.join(path), **self.options.env},
         )
 
 

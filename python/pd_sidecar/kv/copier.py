@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.kv.parts import Parts
     from pd_sidecar.kv.plan import Part
     from pd_sidecar.sidecar.connection import Connection
 
@@ -124,6 +124,6 @@ class Device(Protocol):
         """Makes all work that the calling thread launches from now on wait for this move."""
         ...
 
-    def copier(self, pages: Geometry, connection: Connection) -> Copier:
+    def copier(self, parts: Parts, connection: Connection) -> Copier:
         """Returns the copier for a connection's buffer. Raises `OSError` if the buffer cannot be opened."""
         ...

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pd_sidecar.kv.host_copy import HostCopier
+from pd_sidecar.kv.parts_copy import PartsCopier
 
 if TYPE_CHECKING:
     from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
-    from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.kv.parts import Parts
     from pd_sidecar.sidecar.connection import Connection
 
 
@@ -36,24 +37,25 @@ class Host:
     def hold(self, fence: Fence) -> None:
         """Does nothing: a move is over when its call returns."""
 
-    def copier(self, pages: Geometry, connection: Connection) -> Copier:
+    def copier(self, parts: Parts, connection: Connection) -> Copier:
         """Returns the copier for the mapped buffer of a connection."""
         if connection.memory is None:
             raise OSError("the sidecar's buffer is not host memory")
-        return HostCopier(pages, connection.memory, connection.welcome.slot_bytes)
+        if parts.is_one:
+            return HostCopier(parts.only, connection.memory, connection.welcome.slot_bytes)
+        return PartsCopier(parts, connection.memory, connection.welcome.slot_bytes)
 
 
-def device_of(pages: Geometry, chunk_tokens: int, *, signals: bool) -> Device:
+def device_of(parts: Parts, chunk_tokens: int, *, signals: bool) -> Device:
     """Returns the device of these tensors. If `signals` is true, the device has events, so that the sidecar can wait
     for the end of a gather.
     """
-    where = pages.first.tensor.device
-    if where.type == "cpu":
+    if parts.device.type == "cpu":
         return Host()
     # Triton is installed only on hosts with a GPU.
     from pd_sidecar.kv.gpu import Gpu
 
-    return Gpu(pages, SIGNALS if signals else 0, chunk_tokens)
+    return Gpu(parts.only, SIGNALS if signals else 0, chunk_tokens)
 
 
 SIGNALS = 64

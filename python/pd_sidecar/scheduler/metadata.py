@@ -72,6 +72,8 @@ class LoadStart:
     """The end (exclusive) of the tokens to load, which begin after `have_tokens`."""
     tables: Tables
     """The block ids of each of vLLM's groups."""
+    missing_blocks: list[int]
+    """The blocks of the first group that lack KV until the load is over."""
     written: bool = False
     """True if an LMCache sender has told the proxy that the whole prompt is written."""
     tags: list[str] = field(default_factory=list)

@@ -139,6 +139,7 @@ class Scheduler:
                 have_tokens=state.have_tokens,
                 load_tokens=state.have_tokens + external_tokens,
                 tables=used(self._role.tables, tables),
+                missing_blocks=tables[0][state.have_tokens // self._role.block_tokens :],
                 written=state.transfer.written,
                 source=state.transfer.kept,
             )

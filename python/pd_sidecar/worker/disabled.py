@@ -63,7 +63,7 @@ class DisabledWorker:
         for start in metadata.load_starts:
             self._stats.add_reason("load_failures", "layout")
             self._results.received.add(start.engine_id)
-            self._results.failed[start.engine_id] = start.tables[0]
+            self._results.failed[start.engine_id] = start.missing_blocks
         for copy in metadata.copy_starts:
             self._results.received.add(copy.engine_id)
             self._results.failed[copy.engine_id] = copy.blocks

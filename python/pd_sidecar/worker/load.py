@@ -177,8 +177,7 @@ class Receiver:
                 if not (incoming.arrived or incoming.scattering):
                     self._succeed(incoming)
             else:
-                held = incoming.start.have_tokens // self._rank.block_tokens
-                results.failed[engine_id] = incoming.start.tables[0][held:]
+                results.failed[engine_id] = incoming.start.missing_blocks
         return results
 
     @property

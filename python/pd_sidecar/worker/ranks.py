@@ -44,8 +44,6 @@ class Rank:
     model: str
     dtype: str
     chunk_tokens: int
-    block_tokens: int
-    """The number of tokens of a block of vLLM's first group."""
     groups: tuple[Group, ...]
     """The groups of the layout; one full group if the layout names none."""
     tables: tuple[int, ...]

@@ -24,7 +24,7 @@ from pd_sidecar.client import Client, Connected, Ended, Granted, Hello, Lost, Re
 from pd_sidecar.kv.device import device_of
 from pd_sidecar.scheduler.kept import FetchPort
 from pd_sidecar.scheduler.metadata import IdleReport
-from pd_sidecar.sidecar.wire import VERSION, Group
+from pd_sidecar.sidecar.wire import VERSION
 from pd_sidecar.worker.load import Receiver, Results
 from pd_sidecar.worker.poller import Poller
 from pd_sidecar.worker.push import Sender
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from pd_sidecar.client import Event
     from pd_sidecar.kv.copier import Device
-    from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.kv.parts import Parts
     from pd_sidecar.options.config import Options
     from pd_sidecar.scheduler.metadata import CopyStart, StepMetadata
     from pd_sidecar.scheduler.stats import Stats
@@ -50,7 +50,7 @@ class Link:
 
     client: Client
     end: Sender | Receiver
-    geometry: Geometry
+    parts: Parts
     device: Device
     rank: int
 
@@ -60,7 +60,7 @@ class Worker:
 
     def __init__(
         self,
-        geometry: Geometry,
+        parts: Parts,
         options: Options,
         stats: Stats,
         *,
@@ -70,7 +70,7 @@ class Worker:
         consumer: bool,
     ) -> None:
         self._share = share
-        self._geometry = geometry
+        self._parts = parts
         self._options = options
         self._idle_wait_s = options.idle_wait_ms / 1e3
         self._producer = producer
@@ -100,25 +100,24 @@ class Worker:
         self._poller: Poller | None = None
         for part in share.parts:
             self._serve(part, engine, stats, producer=producer, consumer=consumer)
-        layers = len(geometry.layers)
         self._range_ends: dict[str, int] = {}
-        if self._is_asynchronous and options.push != "step" and _is_one_model(geometry.names):
-            self._range_ends = {geometry.names[below - 1]: below for below in range_ends(layers)}
+        if self._is_asynchronous and options.push != "step" and parts.is_one and _is_one_model(parts.only.names):
+            names = parts.only.names
+            self._range_ends = {names[below - 1]: below for below in range_ends(len(names))}
 
     def _serve(self, part: Part, engine: str, stats: Stats, *, producer: bool, consumer: bool) -> None:
         """Makes the connections of one rank."""
         options, ranks = self._options, self._share.ranks
-        geometry = self._geometry if part.heads is None else self._geometry.of_heads(part.heads)
-        layout = geometry.layout(options.model_name, options.chunk_size)
+        parts = self._parts if part.heads is None else self._parts.of_heads(part.heads)
+        layout = parts.layout(options.model_name, options.chunk_size)
         rank = Rank(
             index=part.rank,
             world_size=ranks,
             model=options.model_name,
             dtype=layout.dtype,
             chunk_tokens=options.chunk_size,
-            block_tokens=geometry.block_tokens,
-            groups=tuple(layout.groups) or (Group("full", geometry.token_bytes),),
-            tables=(0,),
+            groups=parts.groups,
+            tables=parts.tables,
             load_deadline_ms=options.load_deadline_ms,
             save_deadline_s=options.save_deadline_ms / 1e3,
             layers=layout.layers,
@@ -127,7 +126,7 @@ class Worker:
         size = sum(group.bytes for group in rank.groups if group.kind != "state")
         logger.info("rank %d of %d: %s, %d bytes a token", part.rank, ranks, layout, size)
         # One device per connection: the sidecar waits for the events that this connection's greeting named.
-        device = device_of(geometry, options.chunk_size, signals=producer)
+        device = device_of(parts, options.chunk_size, signals=producer)
 
         def client(path: str, role: str) -> Client:
             events = device.events if role == "prefill" else []
@@ -137,11 +136,11 @@ class Worker:
         if producer:
             to_sender = client(options.sender_socket, "prefill")
             self._senders.append(Sender(rank, device, to_sender, stats))
-            self._links.append(Link(to_sender, self._senders[-1], geometry, device, part.rank))
+            self._links.append(Link(to_sender, self._senders[-1], parts, device, part.rank))
         if consumer:
             to_receiver = client(options.receiver_socket, "decode")
             self._receivers.append(Receiver(rank, device, to_receiver, stats))
-            self._links.append(Link(to_receiver, self._receivers[-1], geometry, device, part.rank))
+            self._links.append(Link(to_receiver, self._receivers[-1], parts, device, part.rank))
 
     def begin(self, metadata: StepMetadata) -> None:
         """Runs before the forward: hands the step to each connection."""
@@ -177,7 +176,7 @@ class Worker:
             return
         sources = [block for start in starts for block in start.sources]
         targets = [block for start in starts for block in start.blocks]
-        self._geometry.copy_blocks(sources, targets)
+        self._parts.only.copy_blocks(sources, targets)
         with self._results:
             self._loaded.received |= {start.engine_id for start in starts}
 
@@ -397,7 +396,7 @@ class Worker:
 
     def _connected(self, link: Link) -> None:
         try:
-            copier = link.device.copier(link.geometry, link.client.connection)
+            copier = link.device.copier(link.parts, link.client.connection)
         except OSError as error:
             logger.error("%s is not used, requests are computed here: %s", link.client.path, error)
             link.client.give_up(f"the sidecar's buffer cannot be used: {error}")

@@ -21,6 +21,7 @@ from harness.drop_in.chunks import CHUNK_TOKENS, LAYOUT, Prompt, sum_of
 from harness.drop_in.nodes import BOUND_S, LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, new_target
 
 from pd_sidecar.kv.layout import Hint, geometry
+from pd_sidecar.kv.parts import Parts
 from pd_sidecar.options.config import Options
 from pd_sidecar.scheduler.metadata import LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.stats import Stats
@@ -42,7 +43,7 @@ class Engine:
         shape = (BLOCKS, heads, BLOCK, 2 * LAYOUT.head_size)
         self.tensors = {f"layers.{i}": torch.randn(shape) for i in range(LAYOUT.layers)}
         self.worker = Worker(
-            geometry(self.tensors, Hint(BLOCKS, BLOCK, heads, LAYOUT.head_size, mla=False)),
+            Parts.one(geometry(self.tensors, Hint(BLOCKS, BLOCK, heads, LAYOUT.head_size, mla=False))),
             Options(str(socket), str(socket), LAYOUT.model, CHUNK_TOKENS),
             Stats(),
             engine="test",
@@ -138,7 +139,7 @@ def test_from_lmcache(stack: ExitStack, tmp_path: Path, mode: str) -> None:
             assert (put.error, put.written) == (None, part.chunks)
             assert sender.notices.wait(req) is not None
         table = table_of(prompt)
-        start = LoadStart(req, req, hashes(prompt), prompt.tokens, 0, prompt.tokens, table, written=True)
+        start = LoadStart(req, req, hashes(prompt), prompt.tokens, 0, prompt.tokens, (table,), table, written=True)
         parked = StepMetadata(load_starts=[start])
         assert engine.until(lambda _, received: bool(received), parked) == ({req}, set())
         engine.step(StepMetadata())  # the step that uses the received KV
@@ -165,7 +166,7 @@ def test_to_lmcache(stack: ExitStack, tmp_path: Path, mode: str) -> None:
         req, table = f"ranks-{mode}-{next(_requests)}", table_of(prompt)
         init, alloc = tuple(t.init_port for t in targets), tuple(t.alloc_port for t in targets)
         start = PushStart(req, req, targets[0].host, init, alloc, hashes(prompt), prompt.tokens, False)
-        step = PushStep(req, table, True, prompt.tokens)
+        step = PushStep(req, (table,), True, prompt.tokens)
         engine.step(StepMetadata(push_starts=[start], push_steps=[step]))
         engine.until(lambda sent, _: bool(sent), StepMetadata(finished=[req]))
         assert sender.notices.wait(req, ranks=RANKS) is not None, "a rank sent no notice to the proxy"

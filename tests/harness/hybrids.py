@@ -1,0 +1,123 @@
+"""Writes small models with random weights whose KV has several groups.
+
+Each model has the tokenizer of `harness.model`. The standard deviation of the weights is so large that a greedy answer
+depends on every group's KV.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from harness.model import MAX_POSITIONS, VOCABULARY, write_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LAYERS = 4
+WINDOW = 64
+TYPES = ("sliding_attention", "full_attention")
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+}
+
+
+def gpt_oss() -> PretrainedConfig:
+    """Layers of full attention and of a sliding window in turn, with sinks and experts."""
+    from transformers import GptOssConfig
+
+    return GptOssConfig(
+        **COMMON,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        layer_types=list(TYPES) * (LAYERS // 2),
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": MAX_POSITIONS // 2,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+    )
+
+
+def gemma3() -> PretrainedConfig:
+    """Three layers of a sliding window for one of full attention."""
+    from transformers import Gemma3TextConfig
+
+    types = ["sliding_attention"] * 3 + ["full_attention"]
+    return Gemma3TextConfig(**COMMON, sliding_window=WINDOW, layer_types=types, query_pre_attn_scalar=32)
+
+
+def qwen3_next() -> PretrainedConfig:
+    """Three layers of a gated delta net, which have a state, for one of full attention."""
+    from transformers import Qwen3NextConfig
+
+    return Qwen3NextConfig(
+        **COMMON,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+    )
+
+
+def bamba() -> PretrainedConfig:
+    """Layers of Mamba 2, which have a state, and one of full attention."""
+    from transformers import BambaConfig
+
+    common = {name: value for name, value in COMMON.items() if name != "head_dim"}
+    return BambaConfig(
+        **common,
+        attn_layer_indices=[2],
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_n_groups=1,
+        mamba_d_state=16,
+        mamba_d_conv=4,
+        mamba_expand=2,
+    )
+
+
+MODELS = {"gpt-oss": gpt_oss, "gemma3": gemma3, "qwen3-next": qwen3_next, "bamba": bamba}
+
+
+def write_hybrid(folder: Path, name: str, std: float = 0.1) -> Path:
+    """Writes the model `name` into `folder`, unless the folder contains it already, and returns the folder."""
+    done = folder / "done"
+    if not done.exists():
+        from transformers import AutoModelForCausalLM
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(folder)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(MODELS[name]())
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                torch.nn.init.normal_(weights, std=std)
+        model.save_pretrained(folder)
+        done.touch()
+    return folder
