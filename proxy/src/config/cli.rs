@@ -1,5 +1,6 @@
 //! The flags, and the checks of their values before the proxy starts.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,13 +15,16 @@ use crate::fleet::registry::ANSWER_VALID;
 use crate::fleet::sources::Sources;
 use crate::openai::keys::Access;
 use crate::routing::mode::Mode;
+use crate::routing::models::Rules;
 use crate::routing::policy::Policy;
 use crate::upstream::tls::TlsFiles;
 
 mod choices;
+mod model_rules;
 
 pub use choices::LogFormat;
 pub(crate) use choices::{DecodeLegAt, FirstTokenFrom};
+pub(crate) use model_rules::ModelRules;
 
 /// OpenAI-compatible proxy for disaggregated prefill and decode.
 ///
@@ -105,6 +109,10 @@ pub struct Config {
     /// Policy that chooses the decode instance of a request.
     #[arg(long, env = "PD_PROXY_DECODE_POLICY", default_value = "round-robin")]
     pub decode_policy: Policy,
+
+    /// Modes, and policies of both sides, of single models.
+    #[command(flatten)]
+    pub model_rules: ModelRules,
 
     /// Rule that decides which requests get a prefill leg; `POST /mode/...` changes the mode.
     #[arg(long, env = "PD_PROXY_MODE", default_value = "pd")]
@@ -233,6 +241,20 @@ impl Config {
         });
         let config = Self::from_arg_matches(&command.try_get_matches()?)?;
         Ok((config, notes))
+    }
+
+    /// Returns the mode and the policies of models without rules of their own.
+    pub(crate) fn rules(&self) -> Rules {
+        Rules {
+            mode: self.mode,
+            prefill: self.prefill_policy,
+            decode: self.decode_policy,
+        }
+    }
+
+    /// Returns the mode and the policies of single models, by name.
+    pub(crate) fn model_rules(&self) -> BTreeMap<String, Rules> {
+        self.model_rules.over(self.rules())
     }
 
     /// Returns the settings of the circuit breaker.

@@ -9,6 +9,7 @@ use crate::connectors::{Connector, KvAddress};
 use crate::fleet::base_url::BaseUrl;
 use crate::fleet::kv_fit::Kv;
 use crate::fleet::load::Load;
+use crate::fleet::models::Models;
 
 pub(crate) mod spec;
 mod written;
@@ -49,6 +50,8 @@ pub struct Instance {
     pub free_slots: u32,
     /// Number of tokens of the decode requests that were parked at the instance at the last heartbeat.
     pub parked_tokens: u64,
+    /// Names of the models that the instance serves; empty if not known.
+    pub models: Models,
     /// The KV description that the sidecar gave; the default without a sidecar.
     #[serde(flatten)]
     pub kv: Kv,

@@ -4,6 +4,7 @@ pub(crate) mod base_url;
 pub(crate) mod instance;
 pub(crate) mod kv_fit;
 pub(crate) mod load;
+pub(crate) mod models;
 pub(crate) mod p2p_nccl;
 pub(crate) mod registry;
 pub(crate) mod sources;

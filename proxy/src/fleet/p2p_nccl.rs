@@ -52,6 +52,7 @@ pub(crate) fn hello(bytes: &[u8]) -> Result<Instance, BadHello> {
         init_ports: Vec::new(),
         alloc_ports: Vec::new(),
         zmq: Some(hello.zmq_address),
+        models: Vec::new(),
     };
     Ok(Instance::named(&named, Source::P2pNccl)?)
 }

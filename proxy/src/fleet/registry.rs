@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use protocol::registration::Register;
 
 use crate::fleet::instance::{Instance, Standing, Unusable};
+use crate::fleet::models::Models;
 
 mod budget;
 mod call;
@@ -249,6 +250,8 @@ impl Registry {
                     epoch: lease.instance.epoch,
                     url: (lease.instance.admin.as_ref()).map(|admin| admin.join("/registered")),
                     health: lease.instance.http.join("/health"),
+                    models: (!lease.instance.models.is_configured())
+                        .then(|| lease.instance.http.join("/v1/models")),
                 });
             }
         }
@@ -337,6 +340,21 @@ impl Registry {
             Answer::Stranger => {}
         }
         (before != lease.instance.standing).then(|| lease.instance.clone())
+    }
+
+    /// Notes the models that an engine has listed. Returns true if they differ from the models that were known.
+    pub(crate) fn learned(&mut self, id: &str, epoch: u64, models: Models) -> bool {
+        let Some(entry) = self.entries.get_mut(id) else {
+            return false;
+        };
+        let leases = [&mut entry.member, &mut entry.candidate];
+        let is_it = |lease: &&mut Lease| lease.instance.epoch == epoch;
+        let Some(lease) = leases.into_iter().flatten().find(is_it) else {
+            return false;
+        };
+        let is_new = lease.instance.models != models;
+        lease.instance.models = models;
+        is_new
     }
 
     /// Returns the next time at which [`Registry::expire`] or [`Registry::due`] has something to do.

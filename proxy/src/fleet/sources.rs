@@ -175,6 +175,7 @@ impl Sources {
             init_ports: Vec::new(),
             alloc_ports: Vec::new(),
             zmq: None,
+            models: Vec::new(),
         }
     }
 

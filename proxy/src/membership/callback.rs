@@ -10,7 +10,9 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::fleet::instance::Instance;
+use crate::fleet::models::Models;
 use crate::fleet::registry::{Answer, CallBack};
+use crate::openai::headers::call_headers;
 use crate::state::app::App;
 use crate::upstream::client::LegError;
 use crate::upstream::tls::explained;
@@ -26,13 +28,16 @@ struct Acknowledged {
     reason: Option<String>,
 }
 
-/// Calls an instance back: first its sidecar, if it has one, and then its engine's `/health`.
-pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answer) {
+/// The result of a call-back: the answer, and the models of the engine if the engine has listed them.
+pub(crate) type CalledBack = (CallBack, Answer, Option<Models>);
+
+/// Calls an instance back: first its sidecar, if it has one, and then its engine's `/health` and `/v1/models`.
+pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> CalledBack {
     let proxy = app.registration.to_string();
     let body = json!({"proxy": proxy, "id": call.id, "epoch": call.epoch}).to_string();
     let Some(url) = &call.url else {
-        let answer = engine_answer(&app, &call).await;
-        return (call, answer);
+        let (answer, models) = engine_answer(&app, &call).await;
+        return (call, answer, models);
     };
     let sent = app
         .client
@@ -42,16 +47,36 @@ pub(crate) async fn call_back(app: Arc<App>, call: CallBack) -> (CallBack, Answe
         Ok((status, body)) => judge(&call, status, &body),
         Err(e) => Answer::Silent(explained(&e.to_string())),
     };
-    let answer = match answer {
+    let (answer, models) = match answer {
         Answer::Confirmed { ready: true, .. } => engine_answer(&app, &call).await,
-        other => other,
+        other => (other, None),
     };
-    (call, answer)
+    (call, answer, models)
+}
+
+/// Asks the engine for its health and then, over the same connection, for its models. Both questions share one time
+/// limit, because an answer of the engine is valid only for a limited time.
+async fn engine_answer(app: &App, call: &CallBack) -> (Answer, Option<Models>) {
+    let asked = Instant::now();
+    let answer = health(app, call).await;
+    let (true, Some(url)) = (answer == Answer::READY, &call.models) else {
+        return (answer, None);
+    };
+    let rest = CALL_BACK_TIMEOUT.saturating_sub(asked.elapsed());
+    (answer, models(app, url, rest).await)
+}
+
+/// Returns the models that the engine lists; `None` if the engine gives no list.
+async fn models(app: &App, url: &str, limit: Duration) -> Option<Models> {
+    let headers = call_headers(&app.config.access);
+    let answer = app.client.get(url, headers, limit).await.ok()?;
+    let is_list = answer.head.status.is_success();
+    is_list.then(|| Models::read(&answer.held)).flatten()
 }
 
 /// Checks the engine's `/health`. A sidecar is ready as soon as the engine's workers have connected, which
 /// can be minutes before the engine's HTTP server listens.
-async fn engine_answer(app: &App, call: &CallBack) -> Answer {
+async fn health(app: &App, call: &CallBack) -> Answer {
     let asked = app
         .client
         .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
@@ -64,10 +89,7 @@ async fn engine_answer(app: &App, call: &CallBack) -> Answer {
     }
     let reason = match asked {
         Ok(answer) if answer.head.status.is_success() => {
-            return Answer::Confirmed {
-                ready: true,
-                reason: String::new(),
-            };
+            return Answer::READY;
         }
         Ok(answer) => format!("its engine's /health answers {}", answer.head.status),
         Err(LegError::Connect(e)) => format!("its engine cannot be reached: {}", explained(&e)),

@@ -15,8 +15,8 @@ use tracing::{error, info, warn};
 
 use crate::fleet::instance::{Instance, Source, Standing};
 use crate::fleet::registry::Command;
-use crate::fleet::registry::{Answer, CallBack, Registry};
-use crate::membership::callback::call_back;
+use crate::fleet::registry::{Answer, Registry};
+use crate::membership::callback::{CalledBack, call_back};
 use crate::membership::ports::PortError;
 use crate::state::app::{App, Instances};
 use crate::telemetry::labels::{InstanceCounts, Message};
@@ -34,7 +34,7 @@ pub(crate) struct Registration {
     inputs: Inputs,
     registry: Registry,
     published: watch::Sender<Instances>,
-    calls: JoinSet<(CallBack, Answer)>,
+    calls: JoinSet<CalledBack>,
     /// Time at which a refused registration was last logged; `None` if none was logged yet.
     warned: Option<Instant>,
     logged_pairs: LoggedPairs,
@@ -104,7 +104,7 @@ impl Registration {
                 () = stop.cancelled() => return Ok(()),
                 Some(done) = self.calls.join_next() => {
                     match done.map_err(JoinError::try_into_panic) {
-                        Ok((call, answer)) => self.called_back(&call, answer),
+                        Ok(called) => self.called_back(called),
                         Err(Ok(panic)) => std::panic::resume_unwind(panic),
                         Err(Err(_)) => {}
                     }
@@ -189,7 +189,7 @@ impl Registration {
     }
 
     /// Notes the result of a call-back in the registry, the metrics and the log.
-    fn called_back(&mut self, call: &CallBack, answer: Answer) {
+    fn called_back(&mut self, (call, answer, models): CalledBack) {
         self.app.metrics.called_back(&answer);
         if let Answer::Silent(error) = &answer {
             warn!(
@@ -205,6 +205,12 @@ impl Registration {
         if let Some(instance) = changed {
             info!(id = instance.id, epoch = instance.epoch, standing = ?instance.standing,
                   "call-back");
+        }
+        if let Some(models) = models {
+            let (first, count) = (models.base().map(str::to_owned), models.names().count());
+            if self.registry.learned(&call.id, call.epoch, models) {
+                info!(id = call.id, model = first, names = count, "models");
+            }
         }
     }
 
@@ -244,6 +250,7 @@ impl Registration {
             }
         }
         self.logged_pairs.log(&instances);
+        self.app.models.adopt(&instances);
         self.published.send_replace(instances);
     }
 

@@ -282,6 +282,11 @@ impl RequestBody {
         self.with(|name| names.contains(&name), &[])
     }
 
+    /// Returns the body as the client wrote it, in UTF-8 unless the proxy does not read it.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.source
+    }
+
     /// Returns the length of the body in bytes.
     pub(crate) fn len(&self) -> u64 {
         self.source.len() as u64

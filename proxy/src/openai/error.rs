@@ -55,6 +55,8 @@ codes! {
     NoSuchInstance = "no_such_instance", NOT_FOUND;
     /// No mode has this name.
     NoSuchMode = "no_such_mode", NOT_FOUND;
+    /// No instance serves a model of this name.
+    NoSuchModel = "no_such_model", NOT_FOUND;
     /// The description of an instance cannot be used.
     InvalidInstance = "invalid_instance", BAD_REQUEST;
     /// The body is not a JSON object.

@@ -11,11 +11,7 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     for name in [header::HOST, header::EXPECT, header::ACCEPT_ENCODING] {
         headers.remove(name);
     }
-    // The conversion cannot fail: `Access::problems` has checked at the start that keys are printable
-    // ASCII.
-    let key = access.engine_key.as_ref();
-    let key = key.and_then(|key| HeaderValue::try_from(format!("Bearer {key}")).ok());
-    if let Some(key) = key {
+    if let Some(key) = engine_key(access) {
         headers.insert(header::AUTHORIZATION, key);
     } else if !access.api_key.is_empty() {
         // The client's key is for this proxy only, and engines must not learn the key.
@@ -24,6 +20,20 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     headers.insert(header::CONTENT_TYPE, JSON);
     headers.insert(crate::openai::request_id::HEADER, id);
     headers
+}
+
+/// Returns the headers of a question that the proxy itself asks an engine: the engine key, if there is one.
+pub(crate) fn call_headers(access: &Access) -> HeaderMap {
+    let key = engine_key(access).map(|key| (header::AUTHORIZATION, key));
+    key.into_iter().collect()
+}
+
+/// Returns the value of `Authorization` for engines; `None` without an engine key.
+fn engine_key(access: &Access) -> Option<HeaderValue> {
+    // The conversion cannot fail: `Access::problems` has checked at the start that keys are printable
+    // ASCII.
+    let key = access.engine_key.as_ref()?;
+    HeaderValue::try_from(format!("Bearer {key}")).ok()
 }
 
 /// Gives a leg the client's own content type, for a body that the proxy does not read.

@@ -7,6 +7,7 @@ pub(crate) mod error;
 pub(crate) mod fallback;
 pub(crate) mod headers;
 pub(crate) mod keys;
+pub(crate) mod model;
 pub(crate) mod origin;
 pub(crate) mod passed;
 pub(crate) mod prompt_hash;

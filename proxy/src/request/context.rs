@@ -17,6 +17,7 @@ use crate::openai::fallback::Fallback;
 use crate::openai::usage::Usage;
 use crate::request::state::{Action, Event, RequestState};
 use crate::routing::Pair;
+use crate::routing::models::ModelState;
 use crate::state::app::App;
 use crate::state::in_flight::{InFlightGuard, Progress};
 use crate::telemetry::outcome::Outcome;
@@ -31,6 +32,7 @@ pub(crate) struct RequestContext {
     /// The id of the request.
     pub id: RequestId,
     app: Arc<App>,
+    model: Arc<ModelState>,
     state: RequestState,
     endpoint: Endpoint,
     arrived: Instant,
@@ -54,7 +56,7 @@ impl RequestContext {
         arrived: Instant,
         endpoint: Endpoint,
         id: RequestId,
-        pair: &Pair,
+        (pair, model): (&Pair, Arc<ModelState>),
         trace: Option<Trace>,
     ) -> (Self, Action) {
         let plan = pair
@@ -74,9 +76,11 @@ impl RequestContext {
             ..Record::default()
         };
         app.metrics.arrived();
+        model.counts.arrived();
         let context = Self {
             id,
             app: Arc::clone(app),
+            model,
             state,
             endpoint,
             arrived,
@@ -171,6 +175,7 @@ impl RequestContext {
         tokens: u64,
     ) {
         self.app.metrics.decode_sent(transfer);
+        self.model.counts.decode_sent(transfer.is_ok());
         self.load_guards[1] = Some(to.load.charge(tokens));
         self.record.decode = Some(to.id.clone());
         self.record.alone = transfer.err().map(Fallback::as_str);
@@ -186,6 +191,7 @@ impl RequestContext {
             let after = self.arrived.elapsed();
             if self.endpoint.generates() {
                 self.app.metrics.first_byte_after(after);
+                self.model.counts.first_byte_after(after);
             }
             self.record.ttft_ms = Some(millis(after));
         }
@@ -248,6 +254,7 @@ impl RequestContext {
             self.note_prefill(&place.progress);
         }
         self.app.metrics.ended(self.endpoint, outcome, total);
+        self.model.counts.ended();
         // Probes come every few seconds. Their records would displace the records of other requests.
         if self.endpoint.is_probe() && outcome == Outcome::Done {
             return;

@@ -192,7 +192,8 @@ impl Drive {
     /// there is no bound, because the answer is not streamed and its length is not limited.
     fn silence_limit(&self) -> Option<Duration> {
         let config = &self.app.config;
-        let prompt = self.app.measured.costs().prefill_us_per_token * self.plan.tokens as f64 / 1e6;
+        let costs = self.plan.model.measured.costs();
+        let prompt = costs.prefill_us_per_token * self.plan.tokens as f64 / 1e6;
         let prompt = Duration::try_from_secs_f64(prompt * SLOWER).ok()?;
         let prompt = prompt.min(config.first_byte_timeout);
         let answer = if self.body.streams() {

@@ -162,13 +162,13 @@ pub(crate) async fn serve(
     let stored_as = stored::stored_as(arrival.endpoint, &mut body)?;
     let mut plan = RoutePlan::of(app, &body, arrival.endpoint, &arrival.headers);
     let pair = match holder(app, &arrival, &body).await {
-        Some(holder) => plan.pin(app, holder),
+        Some(holder) => plan.pin(holder),
         None => plan.route(app, &[])?,
     };
     // Each request that gets no transfer because of its cost makes the estimated cost a little smaller. If
     // the estimate never fell, the proxy would try no further transfer after one high measurement.
     if matches!(pair.prefill, Err(Fallback::Cheaper)) {
-        app.measured.stayed();
+        plan.model.measured.stayed();
     }
     if let Some(chosen) = chosen
         .as_ref()
@@ -186,8 +186,9 @@ pub(crate) async fn serve(
         trace.pass_on(&mut headers);
     }
     let (at, endpoint) = (arrival.at, arrival.endpoint);
+    let model = Arc::clone(&plan.model);
     let (mut context, mut action) =
-        RequestContext::begin(app, permit, at, endpoint, arrival.id, &pair, trace);
+        RequestContext::begin(app, permit, at, endpoint, arrival.id, (&pair, model), trace);
     let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
@@ -285,13 +286,13 @@ impl Drive {
                 .progress()
                 .and_then(|progress| Some(progress.prefill_end()?.at))
         {
-            self.app.measured.handed_over(end.elapsed());
+            self.plan.model.measured.handed_over(end.elapsed());
         }
         if !context.waits_for_kv() && answer.rest.is_some() && self.endpoint.generates() {
             // This engine alone computed the prompt, so the time to its first event measures the prefill.
             let uncached = self.plan.uncached(&decode.id, self.plan.tokens);
             let took = self.decode_sent.elapsed();
-            self.app.measured.prefilled(uncached, took);
+            self.plan.model.measured.prefilled(uncached, took);
         }
         if answer.head.status.is_success() {
             self.plan.answered(&self.app, &self.pair);

@@ -126,7 +126,7 @@ impl Drive {
             let uncached = self
                 .plan
                 .uncached(self.prefill_id().unwrap_or_default(), tokens);
-            self.app.measured.prefilled(uncached, time);
+            self.plan.model.measured.prefilled(uncached, time);
         }
         self.prefilled = prefilled;
         match refused_by_sender(context) {

@@ -1,6 +1,7 @@
 //! The facts about a request on which routing depends, and the facts that routing learns when the request is
 //! answered.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,18 +12,24 @@ use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::fallback::Fallback;
+use crate::openai::model;
 use crate::openai::prompt_hash::{Prompt, session};
+use crate::routing::models::{ModelState, Transfers};
 use crate::routing::policy::Policy;
 use crate::routing::prefix_index::PrefixMatch;
 use crate::routing::refusals::Between;
 use crate::routing::{Decision, NoRoute, Pair, RouteRequest, route};
-use crate::state::app::{App, Transfers, load_snapshots};
+use crate::state::app::{App, load_snapshots};
 
 /// The facts about one request on which routing depends.
 #[derive(Debug)]
 pub(crate) struct RoutePlan {
     /// The estimated length of the prompt, in tokens.
     pub tokens: u64,
+    /// The state of the request's model.
+    pub model: Arc<ModelState>,
+    /// The model or adapter that the request names; `None` if it names none.
+    named: Option<String>,
     fallback: Option<Fallback>,
     /// True if the answer stays the same when its first token comes from the prefill instance.
     pub is_splittable: bool,
@@ -46,8 +53,17 @@ impl RoutePlan {
         endpoint: Endpoint,
         headers: &HeaderMap,
     ) -> Self {
+        let named = match endpoint.generates() {
+            true => body
+                .json("model")
+                .and_then(model::name)
+                .map(Cow::into_owned),
+            false => model::of_opaque(headers, body.bytes()),
+        };
+        let model = app.models.of(named.as_deref());
         if let Endpoint::Passed(passed) = endpoint {
             return Self::whole(
+                (named, model),
                 Fallback::PassedOn,
                 match passed.is_generating() {
                     true => body.len() / BYTES_PER_TOKEN,
@@ -55,9 +71,8 @@ impl RoutePlan {
                 },
             );
         }
-        let remembers = app.remembers();
-        let policies = [app.config.prefill_policy, app.config.decode_policy];
-        let by_session = policies.into_iter().any(Policy::reads_sessions);
+        let remembers = model.remembers();
+        let by_session = model.policies().into_iter().any(Policy::reads_sessions);
         let session = (remembers || by_session)
             .then(|| session(headers, body))
             .flatten();
@@ -70,6 +85,8 @@ impl RoutePlan {
             },
         };
         Self {
+            model,
+            named,
             tokens: known.tokens,
             fallback: body.fallback(endpoint),
             is_splittable: first_token::can_express(body, endpoint),
@@ -84,19 +101,16 @@ impl RoutePlan {
         }
     }
 
-    /// Chooses a decode instance for a request that every decode instance can answer, such as the list of
-    /// models.
-    ///
-    /// # Errors
-    /// No decode instance is ready.
-    pub(crate) fn any(app: &App) -> Result<Pair, NoRoute> {
-        Self::whole(Fallback::NothingToDecode, 0).route(app, &[])
-    }
-
     /// Returns the plan of a request that one decode instance serves alone. `tokens` is the estimated length of
     /// its prompts.
-    fn whole(fallback: Fallback, tokens: u64) -> Self {
+    fn whole(
+        (named, model): (Option<String>, Arc<ModelState>),
+        fallback: Fallback,
+        tokens: u64,
+    ) -> Self {
         Self {
+            model,
+            named,
             tokens,
             fallback: Some(fallback),
             is_splittable: false,
@@ -121,17 +135,18 @@ impl RoutePlan {
 
     /// Chooses the instance that holds the stored response which the request names. From now on, no other
     /// instance can take over.
-    pub(crate) fn pin(&mut self, app: &App, holder: Arc<Instance>) -> Pair {
+    pub(crate) fn pin(&mut self, holder: Arc<Instance>) -> Pair {
         self.is_pinned = true;
+        let [prefill, decode] = self.model.policies();
         Pair {
             decode: holder,
             prefill: Err(self.fallback.unwrap_or(Fallback::StoredResponse)),
             choice: Decision {
                 prefills: 0,
                 decodes: 1,
-                prefill: app.config.prefill_policy,
-                decode: app.config.decode_policy,
-                mode: app.mode.get(),
+                prefill,
+                decode,
+                mode: self.model.mode.get(),
                 follows: true,
             },
         }
@@ -159,10 +174,11 @@ impl RoutePlan {
         } else {
             Transfers::No
         };
-        let (prefill, decode) = app.next_turn(transfers);
+        let (prefill, decode) = self.model.next_turn(transfers);
         let instances = app.instances();
         let conversation = self.known.conversation.as_ref();
         let ask = RouteRequest {
+            model: self.named.as_deref(),
             fallback,
             is_unsplittable: !self.is_splittable,
             is_salted: self.is_salted,
@@ -170,8 +186,8 @@ impl RoutePlan {
             is_other_endpoint: self.is_other_endpoint,
             prefill,
             decode,
-            mode: app.mode.get(),
-            costs: app.measured.costs(),
+            mode: self.model.mode.get(),
+            costs: self.model.measured.costs(),
             session: self.session,
             prompt_tokens: self.tokens,
             held: &self.known.held,

@@ -1,9 +1,11 @@
 //! The choice of a request's instances: a pure function of the instances, their load and the request.
 
 pub(crate) mod mode;
+pub(crate) mod models;
 pub(crate) mod policy;
 pub(crate) mod prefix_index;
 pub(crate) mod refusals;
+mod scope;
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,10 +17,13 @@ use crate::openai::fallback::Fallback;
 use crate::routing::mode::{Costs, Mode};
 use crate::routing::policy::{Candidate, Policy, Request};
 use crate::routing::refusals::Between;
+use crate::routing::scope::Scope;
 
 /// The properties of a request that routing reads.
 #[derive(Clone, Debug)]
 pub(crate) struct RouteRequest<'a> {
+    /// Name of the model or adapter; `None` if the request names none.
+    pub model: Option<&'a str>,
     /// The reason for which the request is not split over two instances; `None` if it may be split.
     pub fallback: Option<Fallback>,
     /// True if the hand-over of the first token would change the answer.
@@ -114,7 +119,8 @@ pub(crate) fn route(
     loads: &[LoadSnapshot],
     ask: &RouteRequest<'_>,
 ) -> Result<Pair, NoRoute> {
-    let decodes = decodes(instances, loads, ask)?;
+    let scope = Scope::of(instances, ask.model);
+    let decodes = decodes(instances, loads, ask, scope)?;
     let request = |side: SideChoice| Request {
         turn: side.turn,
         session: ask.session,
@@ -131,7 +137,7 @@ pub(crate) fn route(
         .or_else(|| ask.decode.policy.choose(&decodes, request(ask.decode)));
     let decode = chosen.ok_or(NoRoute::AllFailed)?;
     // The decode instance is chosen first, because only some prefill instances can hand KV over to it.
-    let prefills = prefills(instances, loads, ask, decode.instance);
+    let prefills = prefills(instances, loads, ask, scope, decode.instance);
     let prefill = match (
         ask.fallback,
         ask.prefill.policy.choose(&prefills, request(ask.prefill)),
@@ -143,7 +149,7 @@ pub(crate) fn route(
         (None, _) if ask.is_unsplittable && decode.instance.connector.spec().needs_first_token => {
             Err(Fallback::NotExpressible)
         }
-        (None, None) => Err(no_prefill(instances, ask, decode.instance)),
+        (None, None) => Err(no_prefill(instances, ask, scope, decode.instance)),
         (None, Some(prefill)) => {
             // Only the mode `auto` compares costs: `pd` and `ppd` must not depend on measured costs.
             let weighed = ask.mode == Mode::Auto;
@@ -179,10 +185,12 @@ fn decodes<'a>(
     instances: &'a [Arc<Instance>],
     loads: &[LoadSnapshot],
     ask: &RouteRequest<'_>,
+    scope: Scope<'_>,
 ) -> Result<Vec<Candidate<'a>>, NoRoute> {
-    let mut ready = candidates(instances, loads, ask, |i| i.decodes());
+    let takes = |i: &Instance| i.decodes() && scope.decodes(i);
+    let mut ready = candidates(instances, loads, ask, takes);
     if ready.is_empty() {
-        let registered = instances.iter().filter(|i| i.decodes()).count();
+        let registered = instances.iter().filter(|i| takes(i)).count();
         return Err(match registered {
             0 => NoRoute::NoDecode,
             _ => NoRoute::NoneReady(registered),
@@ -195,9 +203,10 @@ fn decodes<'a>(
     prefer(&mut ready, |c| !c.load.is_open);
     if ask.fallback.is_none() {
         prefer(&mut ready, |c| {
-            instances
-                .iter()
-                .any(|i| i.prefills() && i.is_ready() && hands_over(i, c.instance, ask))
+            let gives = |i: &Instance| {
+                i.prefills() && i.is_ready() && hands_over(i, c.instance, ask, scope)
+            };
+            instances.iter().any(|i| gives(i))
         });
     }
     Ok(ready)
@@ -208,10 +217,11 @@ fn prefills<'a>(
     instances: &'a [Arc<Instance>],
     loads: &[LoadSnapshot],
     ask: &RouteRequest<'_>,
+    scope: Scope<'_>,
     decode: &Instance,
 ) -> Vec<Candidate<'a>> {
     let mut ready = candidates(instances, loads, ask, |i| {
-        i.prefills() && hands_over(i, decode, ask) && !ask.failed.contains(&i.id)
+        i.prefills() && hands_over(i, decode, ask, scope) && !ask.failed.contains(&i.id)
     });
     // If all prefill instances keep failing, the decode instance computes the prompt, because one more
     // prefill leg would probably fail, too.
@@ -244,10 +254,16 @@ fn is_pair(prefill: &Instance, decode: &Instance) -> bool {
     handoff.is_some() && prefill.id != decode.id
 }
 
-/// Returns true if these two instances are a pair and no known reason prevents the transfer of this
-/// request's KV.
-fn hands_over(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> bool {
+/// Returns true if these two instances are a pair, both serve the request's model, and no known reason prevents
+/// the transfer of this request's KV.
+fn hands_over(
+    prefill: &Instance,
+    decode: &Instance,
+    ask: &RouteRequest<'_>,
+    scope: Scope<'_>,
+) -> bool {
     is_pair(prefill, decode)
+        && scope.prefills(prefill)
         && prefill.kv.fits(&decode.kv)
         && keeps_salt(prefill, decode, ask)
         && has_sidecars(prefill, decode, ask)
@@ -279,10 +295,15 @@ fn is_refused(prefill: &Instance, decode: &Instance, ask: &RouteRequest<'_>) -> 
 }
 
 /// Returns the reason for which no prefill instance can hand KV over to `decode`.
-fn no_prefill(instances: &[Arc<Instance>], ask: &RouteRequest<'_>, decode: &Instance) -> Fallback {
-    let there = |i: &&Arc<Instance>| {
-        i.prefills() && i.is_ready() && is_pair(i, decode) && !ask.failed.contains(&i.id)
-    };
+fn no_prefill(
+    instances: &[Arc<Instance>],
+    ask: &RouteRequest<'_>,
+    scope: Scope<'_>,
+    decode: &Instance,
+) -> Fallback {
+    let is_there = |i: &Instance| i.prefills() && i.is_ready() && scope.prefills(i);
+    let there =
+        |i: &&Arc<Instance>| is_there(i) && is_pair(i, decode) && !ask.failed.contains(&i.id);
     let there: Vec<_> = instances.iter().filter(there).collect();
     let fits = |i: &&Arc<Instance>| i.kv.fits(&decode.kv);
     let fitting: Vec<_> = there.iter().copied().filter(fits).collect();

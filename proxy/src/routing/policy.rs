@@ -132,6 +132,7 @@ mod tests {
                 init_ports: Vec::new(),
                 alloc_ports: Vec::new(),
                 zmq: None,
+                models: Vec::new(),
             };
             Arc::new(Instance::named(&named, Source::Configured).unwrap())
         };

@@ -7,9 +7,10 @@ use protocol::registration::InstanceRole;
 
 /// Returns the instance and the load that a word describes: `p1` takes prefill legs, `d1` takes decode legs,
 /// `b1` takes both. The prefix `-` means not ready, `~` means draining, `!` means failing. A suffix `/tokens`
-/// gives the tokens in flight. The connector is `NixlConnector`; with the suffix `:l` it is LMCache; with the
+/// gives the tokens in flight. A suffix `=a+b` gives the names of the models. The connector is `NixlConnector`; with the suffix `:l` it is LMCache; with the
 /// suffix `:s` the instance has a sidecar.
 fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
+    let (word, models) = word.split_once('=').unwrap_or((word, ""));
     let (word, connector) = match word.split_once(':') {
         Some((word, "l")) => (word, Connector::Lmcache),
         Some((word, _)) => (word, Connector::Sidecar),
@@ -31,6 +32,7 @@ fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
         init_ports: vec![7300],
         alloc_ports: vec![7400],
         zmq: None,
+        models: models.split('+').map(str::to_owned).collect(),
     };
     let mut instance = Instance::named(&named, Source::Configured).unwrap();
     assert_eq!(instance.http, BaseUrl::parse("url", &named.url).unwrap());
@@ -50,6 +52,7 @@ fn instance(word: &str) -> (Arc<Instance>, LoadSnapshot) {
 
 fn ask() -> RouteRequest<'static> {
     RouteRequest {
+        model: None,
         fallback: None,
         is_unsplittable: false,
         is_salted: false,
@@ -308,4 +311,89 @@ fn what_cannot_be_moved_gets_no_prefill_leg() {
     };
     assert_eq!(of_kv(ranks(1), ranks(2), &[]), "unfit");
     assert_eq!(of_kv(ranks(2), ranks(2), &[]), "p1");
+}
+
+#[test]
+fn only_instances_of_the_same_model_make_pairs() {
+    let of = |model| RouteRequest { model, ..ask() };
+    let fleet = "p1=a p2=b d1=a d2=b";
+    check(fleet, &of(Some("a")), "p1 d1");
+    check(fleet, &of(Some("b")), "p2 d2");
+    // One vLLM gives its own model to a request without a model, and answers an unknown name itself.
+    check(fleet, &of(None), "p1 d1");
+    check(fleet, &of(Some("c")), "p1 d1");
+    check("p1=a d1=a -d2=b", &of(None), "p1 d1");
+    assert_eq!(
+        chosen("p1=a p2=b d1=a -d2=b", &of(Some("b"))),
+        Err(NoRoute::NoneReady(1)),
+        "another model must not answer"
+    );
+    check("p1=a d2=b", &of(Some("b")), "no_prefill d2");
+    // Adapters: only the instances that have loaded it.
+    check("p1=a p2=a+x d1=a d2=a+x", &of(Some("x")), "p2 d2");
+    check("p1=a d1=a d2=a+x", &of(Some("x")), "no_prefill d2");
+    check("p1=a d1=a+x d2=a", &of(Some("a")), "p1 d1");
+    // Instances that give no names.
+    check("p1 d1", &of(Some("a")), "p1 d1");
+    check("p1 d1=a", &of(Some("a")), "p1 d1");
+    check("p1 d1 d2=a", &of(Some("a")), "p1 d2");
+    check("p1=a d1 d2=b", &of(Some("a")), "p1 d1");
+    check("p1=b d1 d2=b", &of(Some("a")), "no_prefill d1");
+}
+
+/// Tries every small fleet of two models, an adapter and instances without names.
+#[test]
+fn no_request_reaches_an_instance_of_another_model() {
+    let names = ["", "=a", "=b", "=a+x", "=b+x"];
+    let mut fleets = 0;
+    for code in 0..names.len().pow(4) {
+        let word = |place: u32| names[code / names.len().pow(place) % names.len()];
+        let fleet = format!("p1{} b1{} d1{} d2{}", word(0), word(1), word(2), word(3));
+        let (instances, loads): (Vec<_>, Vec<_>) = fleet.split_whitespace().map(instance).unzip();
+        fleets += 1;
+        for (model, turn) in [None, Some("a"), Some("b"), Some("x"), Some("y")]
+            .into_iter()
+            .flat_map(|model| [(model, 0), (model, 1), (model, 2)])
+        {
+            let side = SideChoice {
+                policy: Policy::RoundRobin,
+                turn,
+            };
+            let ask = RouteRequest {
+                model,
+                prefill: side,
+                decode: side,
+                ..ask()
+            };
+            let pair = route(&instances, &loads, &ask).unwrap();
+            let serves = |i: &Instance, name: &str| !i.models.is_known() || i.models.serves(name);
+            let is_served = |name: &&str| {
+                instances
+                    .iter()
+                    .any(|i| i.decodes() && i.models.serves(name))
+            };
+            if let Some(name) = model.filter(is_served) {
+                assert!(pair.decode.models.serves(name), "{fleet} {model:?}");
+                let may = pair.prefill.as_ref().is_ok_and(|p| serves(p, name));
+                assert!(may || pair.prefill.is_err(), "{fleet} {model:?}");
+            }
+            // A pair with known names has a name in common.
+            if let Ok(prefill) = &pair.prefill
+                && prefill.models.is_known()
+                && pair.decode.models.is_known()
+            {
+                let common = prefill
+                    .models
+                    .names()
+                    .any(|name| pair.decode.models.serves(name));
+                assert!(common, "{fleet} {model:?}");
+            }
+            assert_eq!(
+                route(&instances, &loads, &ask).unwrap().decode.id,
+                pair.decode.id,
+                "the choice depends on nothing else"
+            );
+        }
+    }
+    assert_eq!(fleets, 625);
 }

@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
@@ -16,34 +17,61 @@ use crate::fleet::registry::Command;
 use crate::openai::error::{ApiError, Code};
 use crate::openai::keys;
 use crate::openai::origin::require_json_if_any;
-use crate::routing::mode::Mode;
+use crate::routing::mode::{Costs, Mode};
 use crate::server::incoming;
 use crate::state::app::App;
 
+/// The query of `POST /mode/{mode}`.
+#[derive(Deserialize)]
+pub(crate) struct Of {
+    /// The model whose mode changes; if absent, the mode of all models changes.
+    #[serde(default)]
+    model: Option<String>,
+}
+
 /// Serves `GET /mode`.
 pub(crate) async fn mode(State(app): State<Arc<App>>) -> Json<Value> {
-    let costs = app.measured.costs();
-    Json(json!({
-        "mode": app.mode.get(),
-        "prefill_us_per_token": costs.prefill_us_per_token,
-        "hand_over_us": costs.hand_over_us,
-    }))
+    let shown = |mode: Mode, costs: Costs| {
+        json!({
+            "mode": mode,
+            "prefill_us_per_token": costs.prefill_us_per_token,
+            "hand_over_us": costs.hand_over_us,
+        })
+    };
+    let first = app.models.of(None);
+    let mut all = shown(app.mode.get(), first.measured.costs());
+    for model in app.models.served() {
+        all["models"][&*model.name] = shown(model.mode.get(), model.measured.costs());
+    }
+    Json(all)
 }
 
 /// Serves `POST /mode/{mode}`.
 pub(crate) async fn set_mode(
     State(app): State<Arc<App>>,
     Path(mode): Path<String>,
+    Query(Of { model }): Query<Of>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     permit(&app, &request)?;
     let wanted: Mode = mode.parse().map_err(|e: crate::routing::mode::NoMode| {
         ApiError::new(Code::NoSuchMode, e.to_string())
     })?;
-    let before = app.mode.get();
-    app.mode.set(wanted);
-    tracing::info!(%before, mode = %wanted, "mode");
-    Ok(Json(json!({"mode": wanted})))
+    let Some(name) = model else {
+        let before = app.mode.get();
+        app.mode.set(wanted);
+        app.models.set_mode(wanted);
+        tracing::info!(%before, mode = %wanted, "mode");
+        return Ok(Json(json!({"mode": wanted})));
+    };
+    let Some(model) = app.models.named(&name) else {
+        let text = format!("no instance serves a model {name:?}");
+        return Err(ApiError::new(Code::NoSuchModel, text));
+    };
+    let before = model.mode.get();
+    model.mode.set(wanted);
+    tracing::info!(%before, mode = %wanted, model = %model.name, "mode");
+    Ok(Json(json!({"mode": wanted, "model": model.name})))
 }
 
 /// Serves `GET /conversations`.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, delete, get, on, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode, header};
+use http::{StatusCode, header};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -20,16 +20,13 @@ use crate::fleet::instance::Instance;
 use crate::membership::registration::unfit;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::error::{ApiError, Code};
-use crate::openai::headers::leg_headers;
 use crate::openai::keys::may_ask;
 use crate::openai::origin::{refuse_other_sites, require_json};
 use crate::openai::passed::{Methods, PASSED_ON, PassedOn};
 use crate::openai::request_id;
-use crate::request::response_body;
-use crate::request::route_plan::RoutePlan;
 use crate::request::{self, Arrival};
-use crate::server::admin;
 use crate::server::incoming::{peer, read};
+use crate::server::{admin, models};
 use crate::state::app::App;
 use crate::telemetry::record::Record;
 
@@ -61,7 +58,7 @@ fn routes(app: Arc<App>) -> Router {
             Endpoint::Responses.path(),
             post(|app, request| complete(app, Endpoint::Responses, request)),
         )
-        .route("/v1/models", get(models))
+        .route("/v1/models", get(models::list))
         .route("/health", get(health))
         .route("/healthcheck", get(healthcheck))
         .route("/ready", get(ready))
@@ -168,27 +165,6 @@ async fn accept(
     request::serve(app, permit, arrival).await
 }
 
-/// Serves `GET /v1/models` with the answer of a decode instance. All decode instances have the same models.
-async fn models(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
-    if let Err(error) = may_ask(&app.config.access, &headers) {
-        return error.into_response();
-    }
-    let id = request_id::assign(&headers);
-    let decode = match RoutePlan::any(&app) {
-        Ok(pair) => pair.decode,
-        Err(error) => return ApiError::from(error).into_response(),
-    };
-    let headers = leg_headers(&headers, request_id::header_value(&id), &app.config.access);
-    let url = decode.http.join("/v1/models");
-    match app.client.get(&url, headers, MODELS_TIMEOUT).await {
-        Ok(answer) => response_body::whole(answer, &id),
-        Err(error) => {
-            app.suspect(&decode.id);
-            ApiError::from(&error).into_response()
-        }
-    }
-}
-
 /// Serves `GET /health`, the liveness probe: succeeds as long as the process answers.
 async fn health() -> Json<Value> {
     Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION")}))
@@ -242,7 +218,7 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     (
         [(header::CONTENT_TYPE, kind)],
-        app.metrics.text(&app.instances()),
+        app.metrics.text(&app.instances(), &app.models.all()),
     )
         .into_response()
 }
@@ -333,6 +309,3 @@ const OPENAI: [&str; 6] = [
     "/v1/models",
     "/health",
 ];
-
-/// Longest wait for the list of models, which needs no computation.
-const MODELS_TIMEOUT: Duration = Duration::from_secs(10);

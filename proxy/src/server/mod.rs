@@ -5,6 +5,7 @@ pub(crate) mod admin;
 pub(crate) mod api;
 pub(crate) mod fd_limit;
 pub(crate) mod incoming;
+pub(crate) mod models;
 pub(crate) mod otlp;
 pub(crate) mod seats;
 pub(crate) mod write_timeout;

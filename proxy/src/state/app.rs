@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde_json::Value;
@@ -13,9 +12,8 @@ use crate::config::cli::Config;
 use crate::fleet::instance::Instance;
 use crate::fleet::load::LoadSnapshot;
 use crate::fleet::registry::Command;
-use crate::routing::SideChoice;
-use crate::routing::mode::{CurrentMode, Measured, Mode};
-use crate::routing::policy::Policy;
+use crate::routing::mode::CurrentMode;
+use crate::routing::models::Models;
 use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::refusals::Refusals;
 use crate::state::in_flight::InFlight;
@@ -55,10 +53,10 @@ pub(crate) struct App {
     pub stored_responses: StoredResponses,
     /// Kinds of requests for which a prefill instance is known to hand over no KV.
     pub refusals: Refusals,
-    /// The mode, which decides which requests get a prefill leg.
+    /// The mode of all models that have no other mode. It decides which requests get a prefill leg.
     pub mode: CurrentMode,
-    /// Measured times of prefill and of the hand-over of KV.
-    pub measured: Measured,
+    /// The state of each model.
+    pub models: Models,
     /// This token is cancelled when the proxy begins to drain: from then on, the proxy refuses new
     /// requests.
     pub draining: CancellationToken,
@@ -72,8 +70,6 @@ pub(crate) struct App {
     pub uploads: Arc<Uploads>,
     suspects: mpsc::Sender<String>,
     slots: Arc<Semaphore>,
-    decode_turn: AtomicUsize,
-    prefill_turn: AtomicUsize,
 }
 
 impl App {
@@ -94,7 +90,7 @@ impl App {
             prefix_index: PrefixIndex::default(),
             refusals: Refusals::default(),
             stored_responses: StoredResponses::default(),
-            measured: Measured::default(),
+            models: Models::new(config.rules(), config.model_rules()),
             client,
             slots: Arc::new(Semaphore::new(config.max_in_flight)),
             uploads: Arc::new(Uploads::new(config.max_in_flight, config.upload_bytes())),
@@ -110,8 +106,6 @@ impl App {
             prefill_times: PrefillTimes::default(),
             draining: CancellationToken::new(),
             force_shutdown: CancellationToken::new(),
-            decode_turn: AtomicUsize::new(0),
-            prefill_turn: AtomicUsize::new(0),
         }
     }
 
@@ -139,43 +133,10 @@ impl App {
     pub(crate) fn instances(&self) -> Instances {
         Arc::clone(&self.instances.borrow())
     }
-
-    /// Returns the policy of each side, and the turn number for its next choice. Only requests with a transfer
-    /// advance the turn of the prefill side: otherwise each request without a transfer would make round-robin
-    /// skip a prefill instance.
-    pub(crate) fn next_turn(&self, transfers: Transfers) -> (SideChoice, SideChoice) {
-        let prefill = match transfers {
-            Transfers::Yes => self.prefill_turn.fetch_add(1, Ordering::Relaxed),
-            Transfers::No => 0,
-        };
-        let side = |policy, turn| SideChoice { policy, turn };
-        (
-            side(self.config.prefill_policy, prefill),
-            side(
-                self.config.decode_policy,
-                self.decode_turn.fetch_add(1, Ordering::Relaxed),
-            ),
-        )
-    }
-
-    /// Returns true if routing depends on earlier requests, so that prompts have to be remembered.
-    pub(crate) fn remembers(&self) -> bool {
-        let policies = [self.config.prefill_policy, self.config.decode_policy];
-        self.mode.get() != Mode::Pd || policies.into_iter().any(Policy::reads_prefixes)
-    }
 }
 
 /// Returns the load of each instance, in the order of `instances`.
 pub(crate) fn load_snapshots(instances: &Instances) -> Vec<LoadSnapshot> {
     let now = Instant::now();
     instances.iter().map(|i| i.load.snapshot(now)).collect()
-}
-
-/// Says whether a request may have a prefill leg.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Transfers {
-    /// The request may have a prefill leg.
-    Yes,
-    /// The decode instance computes the request alone.
-    No,
 }

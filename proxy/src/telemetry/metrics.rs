@@ -11,10 +11,12 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::fleet::instance::Instance;
+use crate::routing::models::ModelState;
 use crate::telemetry::labels::Labels;
 
 pub(crate) mod clients;
 mod instances;
+mod models;
 mod registration;
 mod requests;
 mod spans;
@@ -51,13 +53,14 @@ impl Metrics {
         }
     }
 
-    /// Returns all metrics in the text format of OpenMetrics, including the metrics of the instances in
-    /// `all`.
-    pub fn text(&self, all: &[Arc<Instance>]) -> String {
+    /// Returns all metrics in the text format of OpenMetrics, including the metrics of these instances and
+    /// models.
+    pub fn text(&self, instances: &[Arc<Instance>], models: &[Arc<ModelState>]) -> String {
         let mut text = String::new();
         // Writing into a string does not fail.
         encode_registry(&mut text, &self.registry).expect("a string takes everything");
-        instances::write(&mut text, all).expect("a string takes everything");
+        instances::write(&mut text, instances).expect("a string takes everything");
+        models::write(&mut text, models).expect("a string takes everything");
         encode_eof(&mut text).expect("a string takes everything");
         text
     }

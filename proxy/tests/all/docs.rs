@@ -30,7 +30,7 @@ fn set<T: ToString>(names: impl IntoIterator<Item = T>) -> BTreeSet<String> {
 
 #[test]
 fn metrics() {
-    let text = Metrics::new().text(&[]);
+    let text = Metrics::new().text(&[], &[]);
     let mut families = BTreeSet::new();
     for line in text.lines() {
         if let Some(family) = line.strip_prefix("# TYPE ") {

@@ -146,16 +146,17 @@ async fn one_that_the_engine_has_closed_is_not() {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     }
-    assert_eq!(*engine.posts.lock().unwrap(), [1, 2, 3]);
+    // The first two connections served the health check and the list of models.
+    assert_eq!(*engine.posts.lock().unwrap(), [2, 3, 4]);
     assert_eq!(rig.metric("pd_proxy_decode_retries_total").await, 0.0);
 }
 
 #[tokio::test]
 async fn one_that_is_closed_as_the_request_comes_is_replaced_by_a_fresh_one() {
-    let engine = Plain::closing(whole(), 2, true).await;
+    let engine = Plain::closing(whole(), 3, true).await;
     let rig = rig(&engine).await;
-    // The first connection serves the health check and one request. The proxy sends the second request first
-    // over this connection and then over a fresh connection.
+    // The first connection serves the health check, the list of models and one request. The proxy sends the
+    // second request first over this connection and then over a fresh connection.
     for _ in 0..3 {
         let answer = rig.client.post(COMPLETIONS, &prompt()).await;
         assert_eq!(answer.status, 200, "{}", answer.text());

@@ -10,6 +10,7 @@ mod failures;
 mod legs;
 mod limits;
 mod links;
+mod models;
 mod newer;
 mod passed;
 mod registration;

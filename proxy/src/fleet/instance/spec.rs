@@ -12,6 +12,7 @@ use super::{Instance, Source, Standing, Written};
 use crate::connectors::Connector;
 use crate::fleet::base_url::{BadUrl, BaseUrl, shortened};
 use crate::fleet::kv_fit::Kv;
+use crate::fleet::models::Models;
 
 /// Role and address of an instance, as flags, files and `POST /instances` give them.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -39,6 +40,9 @@ pub struct Named {
     /// P2P NCCL: `ip:port` of the instance's ZeroMQ socket; required for this connector only.
     #[serde(default)]
     pub zmq: Option<String>,
+    /// Names of the models that the instance serves; if empty, the proxy asks the engine for its `/v1/models`.
+    #[serde(default)]
+    pub models: Vec<String>,
 }
 
 /// A description of an instance that the proxy cannot use.
@@ -96,6 +100,7 @@ impl Instance {
             slots: register.slots,
             free_slots: register.free_slots,
             parked_tokens: register.parked_tokens,
+            models: Models::default(),
             kv: Kv::of(register),
             draining: false,
             load: Arc::default(),
@@ -140,6 +145,7 @@ impl Instance {
             slots: 0,
             free_slots: 0,
             parked_tokens: 0,
+            models: Models::configured(&named.models),
             kv: Kv::default(),
             draining: false,
             load: Arc::default(),
@@ -176,6 +182,7 @@ impl Instance {
             slots: 0,
             free_slots: 0,
             parked_tokens: 0,
+            models: Models::configured(&written.models),
             kv: written.kv,
             draining: false,
             load: Arc::default(),

@@ -30,6 +30,9 @@ pub struct Written {
     pub init_ports: Vec<u16>,
     /// Alloc port of each rank; empty if the instance has none.
     pub alloc_ports: Vec<u16>,
+    /// Names of the models that the configuration gives; empty if each proxy asks the engine.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<String>,
     /// The KV description that the sidecar gave.
     #[serde(flatten)]
     pub kv: Kv,
@@ -49,6 +52,10 @@ impl Written {
             host: instance.host.clone(),
             init_ports: instance.init_ports.clone(),
             alloc_ports: instance.alloc_ports.clone(),
+            models: match instance.models.is_configured() {
+                true => instance.models.names().map(str::to_owned).collect(),
+                false => Vec::new(),
+            },
             kv: instance.kv.clone(),
         }
     }

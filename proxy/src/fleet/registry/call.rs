@@ -12,6 +12,9 @@ pub(crate) struct CallBack {
     /// URL of the health probe `GET {http}/health`, which follows if the sidecar is ready; without a
     /// sidecar it is the only probe.
     pub health: String,
+    /// URL of the engine's `GET {http}/v1/models`, which is asked after `health`; `None` if the
+    /// configuration gives the models.
+    pub models: Option<String>,
 }
 
 /// The result of a call-back.
@@ -31,6 +34,11 @@ pub enum Answer {
 }
 
 impl Answer {
+    /// The answer of an instance that can take requests.
+    pub(crate) const READY: Self = Self::Confirmed {
+        ready: true,
+        reason: String::new(),
+    };
     /// All names that [`Answer::as_str`] returns.
     pub const NAMES: [&'static str; 4] = ["ready", "not_ready", "stranger", "no_answer"];
 

@@ -81,6 +81,7 @@ fn named(
         init_ports: init.to_vec(),
         alloc_ports: alloc.to_vec(),
         zmq: None,
+        models: Vec::new(),
     })
 }
 

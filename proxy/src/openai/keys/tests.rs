@@ -62,6 +62,7 @@ fn hosts() {
             init_ports: Vec::new(),
             alloc_ports: Vec::new(),
             zmq: None,
+            models: Vec::new(),
         };
         let instance = Instance::named(&named, Source::Added).unwrap();
         assert_eq!(access.check(instance.hosts()).is_ok(), ok, "{url}");

@@ -17,6 +17,7 @@ fn instance(role: InstanceRole) -> Arc<Instance> {
         init_ports: Vec::new(),
         alloc_ports: Vec::new(),
         zmq: None,
+        models: Vec::new(),
     };
     Arc::new(Instance::named(&named, Source::Added).unwrap())
 }

@@ -14,6 +14,7 @@ fn instance(id: &str, role: InstanceRole) -> Instance {
         init_ports: vec![],
         alloc_ports: vec![],
         zmq: None,
+        models: Vec::new(),
     };
     Instance::named(&named, Source::Configured).unwrap()
 }

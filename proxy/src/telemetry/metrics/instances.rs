@@ -65,7 +65,7 @@ fn snapshot(instance: &Instance) -> LoadSnapshot {
 }
 
 /// Escapes a label value, so that an instance's name cannot end its label early and forge other metrics.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     text.replace('\\', "\\\\")
         .replace('"', "\\\"")
         .replace('\n', "\\n")
@@ -91,11 +91,12 @@ mod tests {
             init_ports: Vec::new(),
             alloc_ports: Vec::new(),
             zmq: None,
+            models: Vec::new(),
         };
         let instance = Arc::new(Instance::named(&named, Source::Added).unwrap());
         drop(instance.load.charge(5));
         let _running = instance.load.charge(7);
-        let text = Metrics::new().text(&[instance]);
+        let text = Metrics::new().text(&[instance], &[]);
         let line = "pd_proxy_instance_tokens{instance=\"a\\\"}b\\\\\"} 7\n";
         assert!(text.contains(line), "{text}");
         assert!(text.ends_with("# EOF\n"));

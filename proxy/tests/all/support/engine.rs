@@ -67,6 +67,7 @@ struct Inner {
     seen: Mutex<Vec<Seen>>,
     released: Semaphore,
     health: Mutex<u16>,
+    models: Mutex<Value>,
 }
 
 impl Engine {
@@ -81,6 +82,7 @@ impl Engine {
             seen: Mutex::default(),
             released: Semaphore::new(0),
             health: Mutex::new(200),
+            models: Mutex::new(json!([{"id": "m"}])),
         });
         let router = Router::new().fallback(serve).with_state(Arc::clone(&inner));
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -111,6 +113,13 @@ impl Engine {
     /// Sets the status of `/health`.
     pub fn set_health(&self, status: u16) {
         *self.inner.health.lock().unwrap() = status;
+    }
+
+    /// Sets the list of models: the name of the model, and the names of its adapters.
+    pub fn set_models(&self, model: &str, adapters: &[&str]) {
+        let adapters = adapters.iter().map(|id| json!({"id": id, "parent": model}));
+        let all = std::iter::once(json!({"id": model})).chain(adapters);
+        *self.inner.models.lock().unwrap() = all.collect();
     }
 
     /// Releases one held answer, or breaks one connection.
@@ -171,7 +180,10 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
     if seen.path == "/health" {
         return answer(*engine.health.lock().unwrap(), &Value::Null);
     }
-    engine.seen.lock().unwrap().push(seen.clone());
+    // Only a question that a client has asked has an id. The proxy also asks by itself.
+    if seen.path != "/v1/models" || seen.headers.contains_key("x-request-id") {
+        engine.seen.lock().unwrap().push(seen.clone());
+    }
     if seen.path == "/tokenize" {
         return answer(
             200,
@@ -179,7 +191,8 @@ async fn serve(State(engine): State<Arc<Inner>>, request: Request) -> Response {
         );
     }
     if seen.path == "/v1/models" {
-        return answer(200, &json!({"object": "list", "data": [{"id": "m"}]}));
+        let models = engine.models.lock().unwrap().clone();
+        return answer(200, &json!({"object": "list", "data": models}));
     }
     // The transfer parameters show which leg this is.
     let body: Value = serde_json::from_str(&seen.text).unwrap_or_default();

@@ -15,6 +15,7 @@ fn instance(id: &str, role: InstanceRole, kv: Kv) -> Arc<Instance> {
         init_ports: vec![],
         alloc_ports: vec![],
         zmq: None,
+        models: Vec::new(),
     };
     let mut instance = Instance::named(&named, Source::Configured).unwrap();
     instance.connector = Connector::Sidecar;
