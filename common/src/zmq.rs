@@ -16,6 +16,7 @@ mod inbox;
 mod push;
 mod requester;
 mod router;
+mod subscriber;
 mod traffic;
 
 use std::time::Duration;
@@ -31,6 +32,7 @@ pub use inbox::{Frame, Inbox};
 pub use push::{Listener, Push};
 pub use requester::{RequestError, Requester};
 pub use router::{FromPeer, RouterServer};
+pub use subscriber::{Published, Replay, Subscriber};
 pub use traffic::Traffic;
 
 /// Maximum length of a message on an alloc port, in bytes. A request of 4096 keys (a million tokens

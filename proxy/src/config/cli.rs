@@ -20,10 +20,12 @@ use crate::routing::policy::Policy;
 use crate::upstream::tls::TlsFiles;
 
 mod choices;
+mod kv_events;
 mod model_rules;
 
 pub use choices::LogFormat;
 pub(crate) use choices::{DecodeLegAt, FirstTokenFrom};
+pub(crate) use kv_events::KvEventsAt;
 pub(crate) use model_rules::ModelRules;
 
 /// OpenAI-compatible proxy for disaggregated prefill and decode.
@@ -113,6 +115,17 @@ pub struct Config {
     /// Modes, and policies of both sides, of single models.
     #[command(flatten)]
     pub model_rules: ModelRules,
+
+    /// Engines that publish KV events (vLLM's --kv-events-config), separated by commas: the instance's id or *
+    /// for all others, the ports of the first rank, and the number of data-parallel ranks. The host is the
+    /// engine's if absent.
+    #[arg(
+        long,
+        env = "PD_PROXY_KV_EVENTS",
+        value_name = "ID=[HOST]:PORT[/REPLAY_PORT][xRANKS]",
+        value_delimiter = ','
+    )]
+    pub kv_events: Vec<KvEventsAt>,
 
     /// Rule that decides which requests get a prefill leg; `POST /mode/...` changes the mode.
     #[arg(long, env = "PD_PROXY_MODE", default_value = "pd")]

@@ -2,6 +2,7 @@
 
 pub(crate) mod base_url;
 pub(crate) mod instance;
+pub(crate) mod kv_events;
 pub(crate) mod kv_fit;
 pub(crate) mod load;
 pub(crate) mod models;

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize, Serializer};
 pub struct Models {
     /// The names; the first name stands for the model.
     names: Arc<[Box<str>]>,
+    /// Number of names of the model itself. The names of adapters follow.
+    models: usize,
     /// True if the configuration gives the names. The instance's own list is then not read.
     is_configured: bool,
 }
@@ -34,6 +36,7 @@ impl Models {
     pub fn configured(names: &[String]) -> Self {
         Self {
             names: bounded(names.iter().map(String::as_str)),
+            models: names.len(),
             is_configured: !names.is_empty(),
         }
     }
@@ -44,9 +47,18 @@ impl Models {
         let mut list: List = serde_json::from_slice(body).ok()?;
         // The name of the model comes before the names of its adapters. The sort keeps the engine's order otherwise.
         list.data.sort_by_key(|card| card.parent.is_some());
+        let is_model = |card: &&Card| card.parent.is_none();
+        let models = bounded(
+            list.data
+                .iter()
+                .filter(is_model)
+                .map(|card| card.id.as_str()),
+        )
+        .len();
         let names = bounded(list.data.iter().map(|card| card.id.as_str()));
         (!names.is_empty()).then_some(Self {
             names,
+            models,
             is_configured: false,
         })
     }
@@ -69,6 +81,12 @@ impl Models {
     /// Returns true if the instance is known to serve a model or an adapter of this name.
     pub fn serves(&self, name: &str) -> bool {
         self.names.iter().any(|known| **known == *name)
+    }
+
+    /// Returns true if the engine's list says that this name is an adapter's.
+    pub(crate) fn is_adapter(&self, name: &str) -> bool {
+        let adapters = self.names.iter().skip(self.models);
+        adapters.into_iter().any(|known| **known == *name)
     }
 
     /// Returns all names.
@@ -118,6 +136,9 @@ mod tests {
         check("<html>", &[]);
         let many: Vec<_> = (0..2000).map(|n| format!(r#"{{"id": "m{n}"}}"#)).collect();
         let many = format!(r#"{{"data": [{}]}}"#, many.join(","));
+        let lora = br#"{"data": [{"id": "a", "parent": "m"}, {"id": "m"}]}"#;
+        let lora = Models::read(lora).unwrap();
+        assert!(lora.is_adapter("a") && !lora.is_adapter("m"));
         let read = Models::read(many.as_bytes()).unwrap();
         assert_eq!(read.names().count(), MAX_NAMES);
         assert_eq!(read.base(), Some("m0"));

@@ -246,6 +246,7 @@ impl Registration {
                 // The engine may have been restarted while the instance was not ready, so the facts that the
                 // proxy knows about the engine's cache and refusals may be wrong.
                 self.app.prefix_index.forget(&before.id);
+                self.app.kv_index.forget(&before.id);
                 self.app.refusals.forget(&before.id);
             }
         }

@@ -15,6 +15,7 @@ use crate::openai::endpoint::Endpoint;
 use crate::openai::error::ApiError;
 use crate::openai::fallback::Fallback;
 use crate::openai::usage::Usage;
+use crate::request::route_plan::RoutePlan;
 use crate::request::state::{Action, Event, RequestState};
 use crate::routing::Pair;
 use crate::routing::models::ModelState;
@@ -56,15 +57,15 @@ impl RequestContext {
         arrived: Instant,
         endpoint: Endpoint,
         id: RequestId,
-        (pair, model): (&Pair, Arc<ModelState>),
+        (pair, plan): (&Pair, &RoutePlan),
         trace: Option<Trace>,
     ) -> (Self, Action) {
-        let plan = pair
+        let legs = pair
             .prefill
             .as_ref()
             .map(drop)
             .map_err(|fallback| *fallback);
-        let (state, action) = RequestState::begin(plan);
+        let (state, action) = RequestState::begin(legs);
         let prefill = pair.prefill.as_ref().ok();
         let record = Record {
             id: id.0.clone(),
@@ -73,9 +74,11 @@ impl RequestContext {
             prefill: prefill.map(|prefill| prefill.id.clone()),
             decode: Some(pair.decode.id.clone()),
             choice: pair.choice.to_string(),
+            held_tokens: plan.held(&prefill.unwrap_or(&pair.decode).id),
             ..Record::default()
         };
         app.metrics.arrived();
+        let model = Arc::clone(&plan.model);
         model.counts.arrived();
         let context = Self {
             id,

@@ -186,9 +186,8 @@ pub(crate) async fn serve(
         trace.pass_on(&mut headers);
     }
     let (at, endpoint) = (arrival.at, arrival.endpoint);
-    let model = Arc::clone(&plan.model);
     let (mut context, mut action) =
-        RequestContext::begin(app, permit, at, endpoint, arrival.id, (&pair, model), trace);
+        RequestContext::begin(app, permit, at, endpoint, arrival.id, (&pair, &plan), trace);
     let mut drive = Drive {
         app: Arc::clone(app),
         endpoint: arrival.endpoint,
@@ -295,7 +294,8 @@ impl Drive {
             self.plan.model.measured.prefilled(uncached, took);
         }
         if answer.head.status.is_success() {
-            self.plan.answered(&self.app, &self.pair);
+            self.plan
+                .answered(&self.app, &self.pair, &self.body, self.endpoint);
             if let Some(id) = &self.stored_as {
                 let decode = &self.pair.decode.id;
                 self.app.stored_responses.remember(id, decode);

@@ -14,12 +14,14 @@ use crate::openai::endpoint::Endpoint;
 use crate::openai::fallback::Fallback;
 use crate::openai::model;
 use crate::openai::prompt_hash::{Prompt, session};
+use crate::routing::kv_index::Asked;
 use crate::routing::models::{ModelState, Transfers};
 use crate::routing::policy::Policy;
 use crate::routing::prefix_index::PrefixMatch;
 use crate::routing::refusals::Between;
 use crate::routing::{Decision, NoRoute, Pair, RouteRequest, route};
 use crate::state::app::{App, load_snapshots};
+use crate::state::tokenise::Question;
 
 /// The facts about one request on which routing depends.
 #[derive(Debug)]
@@ -38,6 +40,8 @@ pub(crate) struct RoutePlan {
     is_other_endpoint: bool,
     session: Option<u64>,
     prompt: Option<Prompt>,
+    /// False if the tokens of the prompt are asked for after the answer.
+    is_tokenised: bool,
     known: PrefixMatch,
     /// True if only one instance can serve the request, because it holds a stored response.
     is_pinned: bool,
@@ -77,8 +81,15 @@ impl RoutePlan {
             .then(|| session(headers, body))
             .flatten();
         let prompt = remembers.then(|| Prompt::of(body, endpoint));
+        let mut is_tokenised = true;
         let known = match &prompt {
-            Some(prompt) => app.prefix_index.recall(prompt, session),
+            Some(prompt) => {
+                let mut known = app.prefix_index.recall(prompt, session);
+                if app.kv_index.is_used() {
+                    is_tokenised = refine(app, &mut known, prompt, body, named.as_deref());
+                }
+                known
+            }
             None => PrefixMatch {
                 tokens: body.len() / BYTES_PER_TOKEN,
                 ..PrefixMatch::default()
@@ -95,6 +106,7 @@ impl RoutePlan {
             is_other_endpoint: !matches!(endpoint, Endpoint::Completions | Endpoint::Chat),
             session,
             prompt,
+            is_tokenised,
             known,
             is_pinned: false,
             refused: app.refusals.of(Instant::now(), body, endpoint),
@@ -119,6 +131,7 @@ impl RoutePlan {
             is_other_endpoint: false,
             session: None,
             prompt: None,
+            is_tokenised: true,
             known: PrefixMatch::default(),
             is_pinned: false,
             refused: Vec::new(),
@@ -212,11 +225,25 @@ impl RoutePlan {
         tokens.saturating_sub(held.map_or(0, |(_, tokens)| *tokens))
     }
 
+    /// Returns the number of the prompt's tokens that the instance is expected to hold; `None` if routing does not
+    /// depend on it.
+    pub(crate) fn held(&self, name: &str) -> Option<u64> {
+        self.prompt.as_ref()?;
+        let held = self.known.held.iter().find(|(holder, _)| holder == name);
+        Some(held.map_or(0, |(_, tokens)| *tokens))
+    }
+
     /// Notes that these instances have answered the request, so they have its prompt in their caches.
-    pub(crate) fn answered(&self, app: &App, pair: &Pair) {
+    pub(crate) fn answered(&self, app: &App, pair: &Pair, body: &RequestBody, endpoint: Endpoint) {
         let Some(prompt) = &self.prompt else {
             return;
         };
+        if !self.is_tokenised
+            && let Some(question) = Question::of(body, endpoint, prompt, &pair.decode)
+        {
+            // If the queue is full, the next request with this prompt asks again.
+            drop(app.questions.try_send(question));
+        }
         let decode = pair.decode.id.as_str();
         let prefill = pair
             .prefill
@@ -229,6 +256,27 @@ impl RoutePlan {
         app.prefix_index
             .turn(Instant::now(), prompt, self.session, key, decode);
     }
+}
+
+/// Replaces guesses by what the engines' KV events say. Returns true if the prompt's tokens are known.
+fn refine(
+    app: &App,
+    known: &mut PrefixMatch,
+    prompt: &Prompt,
+    body: &RequestBody,
+    named: Option<&str>,
+) -> bool {
+    let ids: Option<Vec<u32>> =
+        first_token::token_ids(body).and_then(|ids| serde_json::from_str(ids).ok());
+    let instances = app.instances();
+    let is_adapter = |name: &&str| instances.iter().any(|i| i.models.is_adapter(name));
+    let salt = body.json("cache_salt").and_then(model::name);
+    let asked = Asked {
+        ids: ids.as_deref(),
+        adapter: named.filter(is_adapter),
+        salt: salt.as_deref(),
+    };
+    app.kv_index.refine(known, prompt, asked)
 }
 
 /// Bytes per token of English text. The load of instances is computed with this number if no better

@@ -1,5 +1,6 @@
 //! The choice of a request's instances: a pure function of the instances, their load and the request.
 
+pub(crate) mod kv_index;
 pub(crate) mod mode;
 pub(crate) mod models;
 pub(crate) mod policy;

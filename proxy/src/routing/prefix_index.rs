@@ -304,7 +304,7 @@ impl<K: Hash + Eq + Copy, V: Default> Recent<K, V> {
 
 /// Returns the lengths, in blocks, of the prefixes that are kept. Every fourth length is kept, so that
 /// there is one entry per 256 bytes of a prompt.
-fn indexed(length: usize) -> impl DoubleEndedIterator<Item = usize> + ExactSizeIterator {
+pub(super) fn indexed(length: usize) -> impl DoubleEndedIterator<Item = usize> + ExactSizeIterator {
     (EVERY..length).step_by(EVERY)
 }
 

@@ -241,6 +241,9 @@ fn shown(app: &App, instances: &[Arc<Instance>]) -> Vec<Value> {
         if !unfit.is_empty() {
             shown["unfit"] = json!(unfit);
         }
+        if let Some(blocks) = app.kv_index.shown(&instance.id) {
+            shown["kv_events"] = json!(blocks);
+        }
         let refuses = app.refusals.by(now, instance);
         if !refuses.is_empty() {
             shown["refuses"] = json!(refuses);

@@ -24,12 +24,14 @@ use tracing::{info, warn};
 
 use crate::config::announce::{self, Announcer};
 use crate::config::cli::Config;
+use crate::membership::kv_events::KvEvents;
 use crate::membership::ports::{self, PortError};
 use crate::membership::registration::{Inputs, Registration};
 use crate::membership::shared_registry::SharedRegistry;
 use crate::server::accept::{Limits, Port};
 use crate::server::otlp::Exporter;
 use crate::state::app::{App, Instances};
+use crate::state::tokenise::MAX_QUESTIONS;
 use crate::upstream::client::Client;
 use crate::upstream::tls::TlsError;
 
@@ -41,6 +43,7 @@ pub struct Proxy {
     acceptor: Option<TlsAcceptor>,
     exporter: Option<Exporter>,
     registration: Registration,
+    kv_events: KvEvents,
 }
 
 impl std::fmt::Debug for Proxy {
@@ -124,8 +127,10 @@ impl Proxy {
             None => (None, None),
         };
         let address = port.address();
+        let (questions, questioned) = mpsc::channel(MAX_QUESTIONS);
+        let queues = (spans, questions);
         let app = App::new(
-            config, client, address, instances, suspects, commands, spans,
+            config, client, address, instances, suspects, commands, queues,
         );
         let app = Arc::new(app);
         let exporter = traced.map(|(base, spans)| Exporter::new(Arc::clone(&app), &base, spans));
@@ -136,6 +141,7 @@ impl Proxy {
             commanded,
         };
         Ok(Self {
+            kv_events: KvEvents::new(Arc::clone(&app), questioned),
             registration: Registration::new(Arc::clone(&app), inputs, published, configured),
             app,
             listener,
@@ -185,6 +191,13 @@ impl Proxy {
             Ok(())
         });
         tasks.spawn(registration);
+        if !app.config.kv_events.is_empty() {
+            let (kv_events, closing) = (self.kv_events, closing.clone());
+            tasks.spawn(async {
+                kv_events.run(closing).await;
+                Ok(())
+            });
+        }
         if let Some(exporter) = self.exporter {
             let closing = closing.clone();
             tasks.spawn(async {

@@ -12,12 +12,14 @@ use crate::config::cli::Config;
 use crate::fleet::instance::Instance;
 use crate::fleet::load::LoadSnapshot;
 use crate::fleet::registry::Command;
+use crate::routing::kv_index::KvIndex;
 use crate::routing::mode::CurrentMode;
 use crate::routing::models::Models;
 use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::refusals::Refusals;
 use crate::state::in_flight::InFlight;
 use crate::state::stored_responses::StoredResponses;
+use crate::state::tokenise::Question;
 use crate::state::uploads::Uploads;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::prefill_times::PrefillTimes;
@@ -49,6 +51,10 @@ pub(crate) struct App {
     pub prefill_times: PrefillTimes,
     /// Prefixes that each instance is known to have cached, and the conversations.
     pub prefix_index: PrefixIndex,
+    /// The blocks of the engines that publish KV events.
+    pub kv_index: KvIndex,
+    /// Queue of questions for the tokens of prompts.
+    pub questions: mpsc::Sender<Question>,
     /// The instances that hold stored responses.
     pub stored_responses: StoredResponses,
     /// Kinds of requests for which a prefill instance is known to hand over no KV.
@@ -81,13 +87,15 @@ impl App {
         instances: watch::Receiver<Instances>,
         suspects: mpsc::Sender<String>,
         commands: mpsc::Sender<Command>,
-        spans: Option<mpsc::Sender<Value>>,
+        (spans, questions): (Option<mpsc::Sender<Value>>, mpsc::Sender<Question>),
     ) -> Self {
         let mode = CurrentMode::default();
         mode.set(config.mode);
         Self {
             mode,
             prefix_index: PrefixIndex::default(),
+            kv_index: KvIndex::default(),
+            questions,
             refusals: Refusals::default(),
             stored_responses: StoredResponses::default(),
             models: Models::new(config.rules(), config.model_rules()),

@@ -3,4 +3,5 @@
 pub(crate) mod app;
 pub(crate) mod in_flight;
 pub(crate) mod stored_responses;
+pub(crate) mod tokenise;
 pub(crate) mod uploads;

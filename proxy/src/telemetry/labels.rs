@@ -42,6 +42,23 @@ pub enum Leg {
     Decode(LegFailure),
 }
 
+/// The results of messages with KV events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvBatch {
+    /// A message that was the next one.
+    Applied,
+    /// A message that had come before.
+    Old,
+    /// A message before which others were missing.
+    Gap,
+    /// A message that the engine sent again.
+    Replayed,
+    /// A message before which others are lost.
+    Lost,
+    /// Bytes that are not a valid message.
+    Malformed,
+}
+
 /// Numbers of instances, by role (prefill, decode, both) and standing (unverified, ready, not ready).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct InstanceCounts(pub [[i64; 3]; 3]);
@@ -70,6 +87,30 @@ impl Message {
             Self::Stray => "stray",
             Self::Malformed => "malformed",
             Self::Shed => "shed",
+        }
+    }
+}
+
+impl KvBatch {
+    /// Every result.
+    pub const ALL: [Self; 6] = [
+        Self::Applied,
+        Self::Old,
+        Self::Gap,
+        Self::Replayed,
+        Self::Lost,
+        Self::Malformed,
+    ];
+
+    /// Returns the name of the result in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Old => "old",
+            Self::Gap => "gap",
+            Self::Replayed => "replayed",
+            Self::Lost => "lost",
+            Self::Malformed => "malformed",
         }
     }
 }

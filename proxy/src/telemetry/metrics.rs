@@ -16,6 +16,7 @@ use crate::telemetry::labels::Labels;
 
 pub(crate) mod clients;
 mod instances;
+mod kv;
 mod models;
 mod registration;
 mod requests;
@@ -31,6 +32,7 @@ pub struct Metrics {
     registration: registration::Registration,
     requests: requests::Requests,
     spans: spans::Spans,
+    kv: kv::Kv,
 }
 
 impl Metrics {
@@ -48,6 +50,7 @@ impl Metrics {
             requests: requests::Requests::register(r),
             registration: registration::Registration::register(r),
             spans: spans::Spans::register(r),
+            kv: kv::Kv::register(r),
             clients: clients::Clients::register(r),
             registry,
         }

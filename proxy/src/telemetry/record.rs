@@ -47,6 +47,9 @@ pub(crate) struct Record {
     pub total_ms: f64,
     /// The prompt's length in tokens, as an engine counts it; `None` if no engine reported it.
     pub prompt_tokens: Option<u64>,
+    /// Number of the prompt's tokens that the instance which computes the prompt was expected to hold; `None` if
+    /// routing did not ask.
+    pub held_tokens: Option<u64>,
     /// The answer's length in tokens, as the decode engine counts it; `None` if the answer does not contain
     /// the number. A stream contains it only with `include_usage`.
     pub completion_tokens: Option<u64>,
