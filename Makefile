@@ -86,8 +86,8 @@ unit: venv ## Run the tests without engines: Rust (with the environment's NIXL a
 e2e: processes engines ## Run all tests with real processes
 
 # Two at a time. `loadscope` keeps a file's tests in one worker: they share processes and, some of them, fixed ports.
-processes: venv venv-lmcache programs ## Run the tests with real sidecars, proxies, NIXL and LMCache, but no vLLM engine
-	$(PYTHON_IN_VENV) -m pytest tests/processes -n 2 --dist loadscope $(PYTEST)
+processes: venv venv-lmcache programs ## Run the tests with real sidecars, proxies, NIXL, LMCache and manifests, but no vLLM engine
+	$(PYTHON_IN_VENV) -m pytest tests/processes tests/deploy -n 2 --dist loadscope $(PYTEST)
 
 engines: venv venv-lmcache programs ## Run the tests with real vLLM engines
 	$(PYTHON_IN_VENV) -m pytest tests/engines -m "not models" $(PYTEST)
