@@ -1,0 +1,247 @@
+"""Runs the commands of the rendered manifests with our own programs. No engine and no cluster is needed: a client takes
+the place of each engine, and the test sends the probes and signals that a kubelet would send.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from harness.client import call
+from harness.ports import free_port
+from harness.process import Process
+from harness.scripted import JsonHandler, serving
+from harness.sidecar import BINARIES, CHUNK_TOKENS
+from rendered import FOLDERS, Manifest, Pod, command, config_files, environment, pod, port, write_config
+
+from pd_sidecar.client import Client
+from pd_sidecar.sidecar.wire import Hello, Layout
+
+BOUND_S = 20.0
+ADMIN_KEY = "the-admin-key"
+LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
+ROLES = {"prefill": "producer", "decode": "consumer"}
+
+everywhere = pytest.mark.parametrize("folder", FOLDERS)
+sides = pytest.mark.parametrize("component", ["prefill", "decode"])
+
+
+@everywhere
+@sides
+def test_check_config(folder: str, component: str, tmp_path: Path) -> None:
+    """The sidecar accepts its configuration with the environment of its container, and uses the pod's own address."""
+    write_config(folder, tmp_path)
+    container = pod(folder, component).container("sidecar")
+    program, *arguments = command(container)
+    assert program == "sidecar"
+    (file,) = (word.removeprefix("--config=/etc/pd-sidecar/") for word in arguments)
+    done = subprocess.run(
+        [BINARIES / "sidecar", "check-config", tmp_path / file, "--json"],
+        env=environment(container),
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    values = {entry["key"]: entry["value"] for entry in json.loads(done.stdout)["values"]}
+    assert values["sidecar.advertise_host"] == environment(container)["POD_IP"]
+    assert values["sidecar.id"] == environment(container)["PD_SIDECAR_ID"]
+    admin = values["sidecar.admin"].rpartition(":")[2]
+    assert port(container, "admin") == int(admin)
+
+
+@everywhere
+@sides
+def test_arguments_of_the_engine(folder: str, component: str) -> None:
+    engine = pod(folder, component).container("engine")
+    (text,) = (word.partition("=")[2] for word in engine["args"] if word.startswith("--kv-transfer-config="))
+    config = json.loads(text)
+    assert config["kv_role"] == f"kv_{ROLES[component]}"
+    assert find_spec(config["kv_connector_module_path"]) is not None
+
+
+class Parts:
+    """The proxy and the sidecars of a folder, started with the rendered arguments, but with ports that are free."""
+
+    def __init__(self, folder: str, tmp: Path, engine: str) -> None:
+        self.folder, self.tmp, self.engine = folder, tmp, engine
+        self.pods: dict[str, Pod] = {name: pod(folder, name) for name in ("proxy", *ROLES)}
+        self.ports: dict[int, int] = {}
+        self.processes: dict[str, Process] = {}
+        self.clients: dict[str, Client] = {}
+        write_config(folder, tmp)
+
+    def container(self, component: str) -> Manifest:
+        return self.pods[component].container("proxy" if component == "proxy" else "sidecar")
+
+    def free(self, number: int) -> int:
+        """Returns the free port that takes the place of a port of the manifests."""
+        return self.ports.setdefault(number, free_port())
+
+    def start(self, component: str) -> None:
+        program, *arguments = command(self.container(component))
+        env = environment(self.container(component))
+        if component == "proxy":
+            arguments = [self._at_home(argument) for argument in arguments]
+            env["PD_PROXY_ADMIN_KEY"] = ADMIN_KEY
+        else:
+            env |= {
+                "PD_SIDECAR_ID": f"pod-{component}",
+                "PD_SIDECAR_ADVERTISE_HOST": "127.0.0.1",
+                "PD_SIDECAR_ENGINE_URL": self.engine,
+                "LMCACHE_PD_BUFFER_DEVICE": "cpu",
+                "PD_SIDECAR_TRANSPORT": "tcp",
+            }
+            arguments = [f"--config={self._config(component)}"]
+        self.processes[component] = Process(
+            component, [BINARIES / program, *arguments], self.tmp / f"{component}.log", env
+        )
+
+    def connect(self, component: str) -> None:
+        """Connects a client to the sidecar in the engine's place."""
+        hello = Hello(v=1, engine=component, role=component, rank=0, world_size=1, layout=LAYOUT)
+        self.clients[component] = Client.connect(str(self.socket(component)), hello, BOUND_S)
+
+    def socket(self, component: str) -> Path:
+        return self.tmp / component / "own" / "sidecar.sock"
+
+    def probe(self, component: str, name: str) -> int | None:
+        """Sends a probe as the manifest describes it. Returns the status; `None` if nothing listens."""
+        get = self.container(component)[name]["httpGet"]
+        number = self.free(port(self.container(component), get["port"]))
+        try:
+            return call(f"http://127.0.0.1:{number}{get['path']}", timeout_s=5.0)[0]
+        except OSError:
+            return None
+
+    def until(self, component: str, probe: str, status: int) -> None:
+        def answers() -> bool:
+            for client in self.clients.values():
+                client.poll()
+            return self.probe(component, probe) == status
+
+        until(answers, self.processes[component], f"{probe} does not answer {status}")
+
+    def end(self, component: str) -> float:
+        """Ends a process as a kubelet does. Returns the seconds that it took; fails if the exit code is not 0."""
+        process, started = self.processes[component], time.monotonic()
+        process.signal(signal.SIGTERM)
+        assert process.wait(self.pods[component].spec["terminationGracePeriodSeconds"]) == 0, process.tail()
+        return time.monotonic() - started
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
+        for process in self.processes.values():
+            process.kill()
+
+    def _at_home(self, argument: str) -> str:
+        flag, equals, value = argument.partition("=")
+        if value.startswith("0.0.0.0:"):
+            value = f"127.0.0.1:{self.free(int(value.rpartition(':')[2]))}"
+        return flag + equals + value
+
+    def _config(self, component: str) -> Path:
+        """Writes the sidecar's configuration with free ports, the socket in `tmp`, and small buffers."""
+        name = f"{component}-sidecar.yaml"
+        values = yaml.safe_load(config_files(self.folder)[name])
+        for key in ("pd_peer_init_port", "pd_peer_alloc_port", "pd_proxy_port"):
+            if key in values:
+                values[key] = self.free(values[key])
+        ours = values["sidecar"]
+        ours["admin"] = "0.0.0.0:" + str(self.free(int(ours["admin"].rpartition(":")[2])))
+        if "tcp_port" in ours:
+            ours["tcp_port"] = self.free(ours["tcp_port"])
+        (self.tmp / component).mkdir()
+        # An emptyDir has this mode.
+        (self.tmp / component).chmod(0o777)
+        ours["socket"] = str(self.socket(component))
+        values |= {"pd_proxy_host": "127.0.0.1", "pd_buffer_size": 16 * LAYOUT.chunk_bytes}
+        file = self.tmp / name
+        file.write_text(json.dumps(values))
+        return file
+
+
+class Healthy(JsonHandler):
+    """Answers 200 to each `GET`, as `/health` of an engine does."""
+
+    def do_GET(self) -> None:
+        self.answer({})
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    with serving(Healthy) as engine:
+        parts = Parts("base", tmp_path, f"http://{engine}")
+        try:
+            yield parts
+        finally:
+            parts.close()
+
+
+def test_a_pod_lives_and_ends(parts: Parts) -> None:
+    """The probes answer as the manifests expect at each stage, in the order in which a cluster starts and ends pods."""
+    parts.start("proxy")
+    parts.until("proxy", "livenessProbe", 200)
+    # The proxy is alive, but without a decode instance it is not ready.
+    assert parts.probe("proxy", "readinessProbe") == 503
+    for side in ROLES:
+        parts.start(side)
+        # The engine's container starts after this probe, so the probe must not need the engine.
+        parts.until(side, "startupProbe", 200)
+        assert parts.probe(side, "livenessProbe") == 200
+        assert parts.probe(side, "readinessProbe") == 503
+        assert parts.socket(side).parent.stat().st_mode & 0o777 == 0o700
+    for side in ROLES:
+        parts.connect(side)
+        parts.until(side, "readinessProbe", 200)
+    parts.until("proxy", "readinessProbe", 200)
+
+    # The preStop hook of the decode engine: from now on the proxy sends it no requests.
+    leave(parts, "decode")
+    parts.until("proxy", "readinessProbe", 503)
+    for side in ROLES:
+        parts.clients.pop(side).close()
+        assert parts.end(side) < 5.0
+    until(lambda: not instances(parts), parts.processes["proxy"], "instances do not leave")
+    # The hook of a pod that the proxy no longer knows must not fail.
+    leave(parts, "decode")
+    assert parts.end("proxy") < 5.0
+
+
+def leave(parts: Parts, component: str) -> None:
+    """Runs the engine's preStop hook."""
+    program, script = parts.pods[component].container("engine")["lifecycle"]["preStop"]["exec"]["command"]
+    assert program == "python3"
+    env = {
+        "PD_SIDECAR_ID": f"pod-{component}",
+        "PD_PROXY_URL": f"http://127.0.0.1:{parts.free(8000)}",
+        "PD_PROXY_ADMIN_KEY": ADMIN_KEY,
+    }
+    file = parts.tmp / Path(script).name
+    done = subprocess.run([sys.executable, file], env=env, capture_output=True, text=True, timeout=BOUND_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def instances(parts: Parts) -> list[object]:
+    found: list[object] = json.loads(call(f"http://127.0.0.1:{parts.free(8000)}/instances")[1])
+    return found
+
+
+def until(condition: Callable[[], bool], process: Process, what: str) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not condition():
+        if not process.alive:
+            raise process.failure(f"ended with exit code {process.exit_code}")
+        if time.monotonic() > deadline:
+            raise process.failure(f"{what} after {BOUND_S:g} s")
+        time.sleep(0.02)
