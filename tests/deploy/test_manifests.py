@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from rendered import FOLDERS, Manifest, Pod, config_files, manifests, pod, pods
+from rendered import FOLDERS, Manifest, Pod, config_files, environment, manifests, pod, pods
 
 # The oldest version in which all fields of the manifests exist, for each folder.
 VERSIONS = {"overlays/tcp": "1.34"}
@@ -127,6 +127,23 @@ def test_grace_periods_cover_the_drains(folder: str) -> None:
         assert engine >= drain
         assert "drain_timeout_ms" not in _config(folder, component)["sidecar"]
         assert found.spec["terminationGracePeriodSeconds"] >= HOOK_BOUND_S + engine + SIDECAR_DRAIN_S + 10
+
+
+def test_the_nodes_gpus_are_not_shared_by_chance() -> None:
+    """Over several nodes, engine and sidecar share the claim of one GPU. On one node each engine has its own GPU, and
+    its sidecar has its buffer on the same GPU and sees both.
+    """
+    for component, gpu in (("prefill", "0"), ("decode", "1")):
+        several = pod("overlays/tcp", component)
+        (claim,) = several.spec["resourceClaims"]
+        for container in several.containers():
+            assert container["resources"]["claims"] == [{"name": claim["name"]}]
+        assert several.spec["shareProcessNamespace"] is True
+        one = pod("overlays/one-node", component)
+        assert environment(one.container("engine"))["CUDA_VISIBLE_DEVICES"] == gpu
+        sidecar = environment(one.container("sidecar"))
+        assert sidecar["LMCACHE_PD_BUFFER_DEVICE"] == f"cuda:{gpu}"
+        assert "CUDA_VISIBLE_DEVICES" not in sidecar
 
 
 @everywhere
