@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from rendered import FOLDERS, Manifest, Pod, config_files, environment, manifests, pod, pods
+from harness.sidecar import ROOT
+from rendered import FOLDERS, KUBERNETES, Manifest, Pod, config_files, environment, manifests, pod, pods
 
 # The oldest version in which all fields of the manifests exist, for each folder.
 VERSIONS = {"overlays/tcp": "1.34"}
@@ -180,6 +182,20 @@ def test_a_disruption_takes_one_engine_at_a_time(folder: str) -> None:
         labels = pod(folder, component).labels
         (budget,) = (b for b in budgets if b["selector"]["matchLabels"].items() <= labels.items())
         assert budget["maxUnavailable"] == 1
+
+
+def test_the_example_of_the_page(tmp_path: Path) -> None:
+    """docs/deploy.md shows a folder with a user's settings. The settings reach the objects."""
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    (example,) = re.findall(r"```yaml\n# my-pd/kustomization.yaml\n(.*?)```", page, re.DOTALL)
+    deploy = os.path.relpath(KUBERNETES.parent, tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(example.replace("../deploy", deploy))
+    objects = {(m["kind"], m["metadata"]["name"]): m for m in manifests(str(tmp_path))}
+    assert objects["ConfigMap", "pd-model"]["data"] == {"MODEL": "Qwen/Qwen3-8B"}
+    assert objects["Deployment", "pd-prefill"]["spec"]["replicas"] == 2
+    for found in pods(str(tmp_path)):
+        for container in found.containers():
+            assert container["image"] == "REGISTRY/pd-sidecar-vllm:0.1.0"
 
 
 def _custom(manifest: Manifest) -> bool:
