@@ -10,7 +10,6 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
@@ -26,6 +25,8 @@ from pd_sidecar.sidecar import wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    import torch
 
     from pd_sidecar.kv.layout import Writer
     from pd_sidecar.kv.quantization import Quantization
@@ -116,7 +117,8 @@ class Parts:
             return self.only.layout(model, chunk_tokens)
         layouts = [_layout(part, model, chunk_tokens) for part in self.parts]
         first = layouts[0]
-        described = [(part.group, layout) for part, layout in zip(self.parts, layouts, strict=True)]
+        # With the names, two engines that divide equal layers into groups in different ways refuse each other.
+        described = [(part.group, layout, part.pages.names) for part, layout in zip(self.parts, layouts, strict=True)]
         digest = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
         texts = sorted({layout.quantization for layout in layouts if layout.quantization})
         return wire.Layout(
@@ -137,9 +139,16 @@ def _layout(part: GroupPart, model: str, chunk_tokens: int) -> wire.Layout:
     if isinstance(pages, Geometry):
         return pages.layout(model, chunk_tokens)
     shapes = "; ".join(f"{name} {shape}" for name, shape in pages.shapes)
-    dtype = DTYPE_NAMES[pages.layers[0][0].dtype]
+    dtype = pages.layers[0][0].dtype
     return wire.Layout(
-        model, dtype, len(pages.layers), 1, pages.bytes, mla=True, chunk_tokens=chunk_tokens, quantization=shapes
+        model,
+        DTYPE_NAMES.get(dtype, str(dtype)),
+        len(pages.layers),
+        1,
+        pages.bytes,
+        mla=True,
+        chunk_tokens=chunk_tokens,
+        quantization=shapes,
     )
 
 
@@ -170,7 +179,22 @@ def parts_of(
             found.append(GroupPart(table, kind, geometry(own, hint, writers(own, hint)), size))
     if not found:
         raise LayoutError("the engine has no KV tensors")
+    _check_alignment(found)
     return Parts(tuple(found))
+
+
+def _check_alignment(parts: Sequence[GroupPart]) -> None:
+    """Checks that each group begins at a multiple of its elements' size in every slot. Raises `LayoutError`."""
+    for part in parts:
+        for other in parts:
+            if isinstance(part.pages, States) or isinstance(other.pages, States):
+                continue
+            size = part.pages.first.tensor.element_size()
+            if other.pages.token_bytes % size:
+                raise LayoutError(
+                    f"{other.pages.names[0]}: {other.pages.token_bytes} bytes of a token are no multiple of the "
+                    f"{size} bytes of an element of {part.pages.names[0]}"
+                )
 
 
 def _kind(spec: AttentionSpec) -> tuple[str, int]:
