@@ -6,13 +6,12 @@ The bytes of each request are computed here from the model's sizes, not by the c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness.client import complete, post_json
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.hybrids import WINDOW, write_hybrid
 from harness.pair import Moved, Pair, PairOptions, pair_of
@@ -38,7 +37,6 @@ class Kind:
     """Bytes of one request's state."""
     groups: int = 2
     more: tuple[str, ...] = ()
-    cached: Callable[[int], int] = lambda tokens: 0
 
     def bytes(self, tokens: int, have: int = 0) -> int:
         """The bytes that move for a decode side that computes token `tokens` next and has `have` tokens."""
@@ -47,11 +45,12 @@ class Kind:
 
 
 LAYER = 2 * 2 * 32 * 4  # K and V of two heads of size 32, in float32
-GDN = (3 * 256 + 4 * 32 * 32) * 4
+MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
+NO_CACHE = ("--no-enable-prefix-caching",)
 KINDS = {
     "gpt-oss": Kind("gpt-oss", 2 * LAYER, window=2 * LAYER),
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
-    "qwen3-next": Kind("qwen3-next", LAYER, state=3 * GDN, groups=4),
+    "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
 }
 
 
@@ -65,7 +64,7 @@ class Side:
     spoil: Path
 
     def check(self, tokens: list[int], moved: Moved, *, cached: int = 0, first: str = "decode") -> None:
-        """Asserts that the text is right, that the KV moved as computed, and that the decode side computed one token."""
+        """Asserts that the text is right, that the KV moved as computed, and that the decode side computed one."""
         assert moved.answer.token_ids == self.reference.token_ids(tokens, max_tokens=TOKENS), len(tokens)
         resumed = len(tokens) - 1 if first == "decode" else len(tokens)
         assert (moved.tokens.cached, moved.tokens.external) == (cached, resumed - cached), moved.tokens
@@ -75,13 +74,16 @@ class Side:
             assert record["bytes"] == self.kind.bytes(resumed, cached), (len(tokens), record)
 
 
-@pytest.fixture(scope="module", params=["gpt-oss", "qwen3-next", pytest.param("gemma3", marks=pytest.mark.models)])
+FURTHER = [pytest.param("gemma3", marks=pytest.mark.models)]
+
+
+@pytest.fixture(scope="module", params=["gpt-oss", "granite4", *FURTHER])
 def side(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
     """Starts the pair and the plain instance of one model."""
     kind = KINDS[request.param]
     model = write_hybrid(ROOT / "target" / "hybrids" / kind.name, kind.name)
     spoil = tmp_path_factory.mktemp("spoil") / "group"
-    memory = ("--kv-cache-memory-bytes", str(256 << 20))
+    memory = ("--kv-cache-memory-bytes", str(256 << 20), *kind.more)
     plain = Engine(
         EngineOptions("plain " + kind.name, model, forked=True, more=("--no-enable-prefix-caching", *memory)), logs
     )
