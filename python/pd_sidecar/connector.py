@@ -360,6 +360,8 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):  # type: ignore[mi
                 self._writers,
             )
             parts = parts.quantized(self._quantization)
+            if not parts.is_one and parts.device.type != "cpu":
+                raise LayoutError(f"KV with several groups is on {parts.device}; it is moved in host memory only")
             if not parts.is_one and self._partition.ranks != self._partition.workers:
                 raise LayoutError(
                     f"KV with {len(parts.parts)} groups of layers cannot be divided into {self._partition.ranks} ranks "
