@@ -30,6 +30,17 @@ ADMIN_KEY = "the-admin-key"
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
 ROLES = {"prefill": "producer", "decode": "consumer"}
 
+# Reads a list of command lines, and prints what vLLM's own parser makes of each.
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser())
+parsed = [parser.parse_args(words) for words in json.load(sys.stdin)]
+transfers = [(words.port, words.kv_transfer_config) for words in parsed]
+print(json.dumps([(port, config.kv_role, config.kv_connector_module_path) for port, config in transfers]))
+"""
+
 everywhere = pytest.mark.parametrize("folder", FOLDERS)
 sides = pytest.mark.parametrize("component", ["prefill", "decode"])
 
@@ -59,14 +70,26 @@ def test_check_config(folder: str, component: str, tmp_path: Path) -> None:
     assert port(container, "admin") == int(admin)
 
 
-@everywhere
-@sides
-def test_arguments_of_the_engine(folder: str, component: str) -> None:
-    engine = pod(folder, component).container("engine")
-    (text,) = (word.partition("=")[2] for word in engine["args"] if word.startswith("--kv-transfer-config="))
-    config = json.loads(text)
-    assert config["kv_role"] == f"kv_{ROLES[component]}"
-    assert find_spec(config["kv_connector_module_path"]) is not None
+def test_arguments_of_the_engines() -> None:
+    """vLLM itself reads the arguments of each engine. The connector's module exists."""
+    sides = [(folder, component) for folder in FOLDERS for component in ROLES]
+    engines = [pod(folder, component).container("engine") for folder, component in sides]
+    commands = [command(engine) for engine in engines]
+    assert {tuple(words[:2]) for words in commands} == {("vllm", "serve")}
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE],
+        input=json.dumps([words[2:] for words in commands]),
+        capture_output=True,
+        text=True,
+        timeout=120.0,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    parsed = json.loads(done.stdout.splitlines()[-1])
+    for (_, component), engine, (number, role, module) in zip(sides, engines, parsed, strict=True):
+        assert number == port(engine, "http")
+        assert role == f"kv_{ROLES[component]}"
+        assert find_spec(module) is not None
 
 
 class Parts:
