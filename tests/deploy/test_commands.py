@@ -23,7 +23,7 @@ from harness.sidecar import BINARIES, CHUNK_TOKENS
 from rendered import FOLDERS, Manifest, Pod, command, config_files, environment, pod, port, write_config
 
 from pd_sidecar.client import Client
-from pd_sidecar.sidecar.wire import Hello, Layout
+from pd_sidecar.sidecar.wire import Granted, Hello, Layout, Ready, Target
 
 BOUND_S = 20.0
 ADMIN_KEY = "the-admin-key"
@@ -229,6 +229,8 @@ def test_a_pod_lives_and_ends(parts: Parts) -> None:
         parts.until(side, "readinessProbe", 200)
     parts.until("proxy", "readinessProbe", 200)
 
+    assert push(parts, CHUNK_TOKENS) == b"kv" * (LAYOUT.chunk_bytes // 2)
+
     # The preStop hook of the decode engine: from now on the proxy sends it no requests.
     leave(parts, "decode")
     parts.until("proxy", "readinessProbe", 503)
@@ -239,6 +241,32 @@ def test_a_pod_lives_and_ends(parts: Parts) -> None:
     # The hook of a pod that the proxy no longer knows must not fail.
     leave(parts, "decode")
     assert parts.end("proxy") < 5.0
+
+
+def push(parts: Parts, tokens: int) -> bytes:
+    """Pushes one chunk through the ports of the manifests. Returns the bytes that the decode side reads."""
+    prefill, decode = parts.clients["prefill"], parts.clients["decode"]
+    keys = ["tiny@1@0@1@bfloat16"]
+    config = yaml.safe_load(config_files(parts.folder)["decode-sidecar.yaml"])
+    init, alloc = (parts.free(config[f"pd_peer_{name}_port"]) for name in ("init", "alloc"))
+    decode.await_("moves", keys, tokens=tokens, have_tokens=0, deadline_ms=10_000)
+    prefill.reserve("moves", Target("127.0.0.1", init, alloc), keys, tokens=tokens, upto=tokens)
+    read: list[bytes] = []
+
+    def arrived() -> bool:
+        for message in prefill.wait(0.02):
+            if isinstance(message, Granted):
+                for slot in message.slots:
+                    prefill.slot(slot)[:] = b"kv" * (LAYOUT.chunk_bytes // 2)
+                prefill.staged("moves", message.chunks)
+        for message in decode.wait(0.02):
+            if isinstance(message, Ready):
+                read.extend(bytes(decode.slot(slot)) for slot in message.slots)
+                decode.release("moves", message.chunks)
+        return bool(read)
+
+    until(arrived, parts.processes["decode"], "no KV arrives")
+    return read[0]
 
 
 def leave(parts: Parts, component: str) -> None:
