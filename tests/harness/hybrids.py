@@ -74,8 +74,8 @@ def qwen3_next() -> PretrainedConfig:
         **COMMON,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
         linear_conv_kernel_dim=4,
         num_experts=4,
         num_experts_per_tok=2,
@@ -85,14 +85,19 @@ def qwen3_next() -> PretrainedConfig:
     )
 
 
-def bamba() -> PretrainedConfig:
-    """Layers of Mamba 2, which have a state, and one of full attention."""
-    from transformers import BambaConfig
+def granite4() -> PretrainedConfig:
+    """Three layers of Mamba 2, which have a state, and one of full attention."""
+    from transformers import GraniteMoeHybridConfig
 
     common = {name: value for name, value in COMMON.items() if name != "head_dim"}
-    return BambaConfig(
+    return GraniteMoeHybridConfig(
         **common,
-        attn_layer_indices=[2],
+        layer_types=["mamba", "mamba", "attention", "mamba"],
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=256,
+        position_embedding_type="nope",
+        attention_multiplier=0.2,
         mamba_n_heads=8,
         mamba_d_head=32,
         mamba_n_groups=1,
@@ -102,7 +107,7 @@ def bamba() -> PretrainedConfig:
     )
 
 
-MODELS = {"gpt-oss": gpt_oss, "gemma3": gemma3, "qwen3-next": qwen3_next, "bamba": bamba}
+MODELS = {"gpt-oss": gpt_oss, "gemma3": gemma3, "qwen3-next": qwen3_next, "granite4": granite4}
 
 
 def write_hybrid(folder: Path, name: str, std: float = 0.1) -> Path:
