@@ -42,11 +42,8 @@ def states(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], spec: A
     """Returns the states of one group's layers. Raises `LayoutError` for states of an unknown form."""
     if len(spec.shapes) > 2 or (len(spec.shapes) == 2 and len(spec.shapes[0]) != 2):
         raise LayoutError(f"the connector does not move states of the shapes {spec.shapes}")
-    if (kind := spec.mamba_type.name) not in MOVED:
-        # A hand-over of a gated delta net gave a wrong text in a test on a CPU. Other kinds are not tested.
-        raise LayoutError(f"the connector does not move states of kind {kind}, only {', '.join(MOVED)}")
     if spec.mamba_cache_mode != "none":
-        # In this mode vLLM moves the state between blocks during a request, which is not tested.
+        # In this mode vLLM moves the state between blocks during a request. The text was wrong in a test on a CPU.
         raise LayoutError(
             f"the connector does not move states while vLLM caches them (mamba_cache_mode {spec.mamba_cache_mode!r}): "
             "set --no-enable-prefix-caching on both sides"
