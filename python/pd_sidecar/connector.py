@@ -71,7 +71,7 @@ if TransferResults is not None and hasattr(output, "KVConnectorBlockState"):
 logger = init_logger("vllm.pd_sidecar.connector")
 
 
-class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):  # type: ignore[misc]
+class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
     """Moves KV between vLLM's blocks and a sidecar, in both directions."""
 
     if CacheHitSource is not None:

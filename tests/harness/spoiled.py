@@ -24,4 +24,4 @@ def _spoiled(self: PartsCopier, pieces: Any, *rest: Any) -> Any:
     return _scatter(self, [piece for piece in pieces if piece.part != lost], *rest)
 
 
-PartsCopier.scatter = _spoiled  # type: ignore[method-assign]
+PartsCopier.scatter = _spoiled  # type: ignore[assignment,method-assign]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pd_sidecar.kv.copier import Fence, Mark
     from pd_sidecar.kv.layout import Geometry
+    from pd_sidecar.kv.parts import Parts
     from pd_sidecar.sidecar.connection import Connection
 
 
@@ -63,7 +64,7 @@ class Gpu:
         if isinstance(fence, _Move):
             torch.cuda.current_stream(self._device).wait_event(fence.end)
 
-    def copier(self, pages: Geometry, connection: Connection) -> GpuCopier:
+    def copier(self, parts: Parts, connection: Connection) -> GpuCopier:
         """Opens the sidecar's memory and returns the copier for it."""
         buffer = connection.welcome.cuda
         if buffer is None:
@@ -75,7 +76,7 @@ class Gpu:
         except CudaError as error:
             raise OSError(str(error)) from error
         slots = torch.as_tensor(memory, device=self._device)
-        mover = Mover(pages, connection.welcome.slot_bytes)
+        mover = Mover(parts.only, connection.welcome.slot_bytes)
         return GpuCopier(mover, slots, self._stream, self._engine, self._signals)
 
     def _warm_up(self, pages: Geometry, chunk_tokens: int) -> None:
