@@ -3,8 +3,9 @@
 This module only implements vLLM's interface, which differs between versions (tested with 0.24 and 0.32). The work is
 done in `scheduler` and `worker`.
 
-Where vLLM accepts a failed load by the request's name, the connector declares that it supports several KV groups. In
-other versions a failed load would stop the engine, so there vLLM keeps one group.
+On CPUs, where vLLM accepts a failed load by the request's name, the connector declares that it supports several KV
+groups. Elsewhere vLLM keeps one group: in older versions a failed load of several groups would stop the engine, and on
+GPUs this connector moves only one group.
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ try:
 except ImportError:
     CacheHitSource = None
 
-# With several groups a failed load must be reported by its request, and the tables must be known in each step.
+# With several groups a failed load must be reported by its request, and the tables must be known in each step. On a GPU
+# this version moves only one group. Without the declaration vLLM makes one group of windows and full attention.
 SupportsGroups: Any = object
-if TransferResults is not None and hasattr(output, "KVConnectorBlockState"):
+if TransferResults is not None and hasattr(output, "KVConnectorBlockState") and current_platform.is_cpu():
     SupportsGroups = base.SupportsHMA
 
 logger = init_logger("vllm.pd_sidecar.connector")

@@ -45,14 +45,11 @@ class Kind:
 
 
 LAYER = 2 * 2 * 32 * 4  # K and V of two heads of size 32, in float32
-GDN = 3 * 1024 * 2 + 4 * 128 * 128 * 4  # inputs of the convolution in bfloat16, and the sum in float32
 MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
 NO_CACHE = ("--no-enable-prefix-caching",)
 KINDS = {
     "gpt-oss": Kind("gpt-oss", 2 * LAYER, window=2 * LAYER),
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
-    # vLLM's CPU kernel takes only bfloat16.
-    "qwen3-next": Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, more=(*NO_CACHE, "--dtype", "bfloat16")),
     "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
 }
 
@@ -77,7 +74,7 @@ class Side:
             assert record["bytes"] == self.kind.bytes(resumed, cached), (len(tokens), record)
 
 
-FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in ("gemma3", "qwen3-next")]
+FURTHER = [pytest.param("gemma3", marks=pytest.mark.models)]
 
 
 @pytest.fixture(scope="module", params=["gpt-oss", "granite4", *FURTHER])
