@@ -78,43 +78,6 @@ def output(new=(), cached=(), resumed=()):
     )
 
 
-WINDOWS = Role(producer=True, consumer=True, ranks=1, tables=(TableRule(BLOCK), TableRule(BLOCK, is_partial=True)))
-
-
-def test_a_window_is_prefilled_up_to_the_token_that_the_decode_side_computes():
-    rig = Rig(WINDOWS)
-    req = request("a", push_params(), _all_token_ids=list(range(40)), max_tokens=9)
-    rig.scheduler.arrived(req)
-    assert (req.num_prompt_tokens, req.prompt_token_ids, req.max_tokens) == (39, list(range(39)), 1)
-    assert req._all_token_ids == req.prompt_token_ids
-    # A second look, for example after a preemption, cuts nothing.
-    rig.scheduler.arrived(req)
-    assert req.num_prompt_tokens == 39
-
-
-def test_with_the_first_token_from_prefill_nothing_is_cut():
-    rig = Rig(WINDOWS)
-    req = request("a", push_params() | {"ret_first_tok": True}, _all_token_ids=list(range(40)), max_tokens=1)
-    rig.scheduler.arrived(req)
-    assert req.num_prompt_tokens == 40
-
-
-@pytest.mark.parametrize(("tokens", "spec", "resumed"), [(40, {}, 39), (41, {"tokens": 40}, 40)])
-def test_a_window_is_loaded_up_to_the_token_that_is_computed_next(tokens, spec, resumed):
-    rig = Rig(WINDOWS)
-    req = request("a", load_params(**spec), tokens=tokens)
-    assert rig.scheduler.matched_tokens(req, 16) == (resumed - 16, True)
-    rig.scheduler.allocated(req, ([4, 5, 6], [0, 8, 9]), resumed - 16)
-    (start,) = rig.step().load_starts
-    assert (start.tokens, start.load_tokens, start.tables) == (resumed, resumed, ([4, 5, 6], [0, 8, 9]))
-
-
-def test_one_token_leaves_nothing_to_hand_over():
-    rig = Rig(WINDOWS)
-    rig.scheduler.arrived(request("a", push_params(), tokens=1))
-    assert rig.skipped() == {"nothing_to_load": 1}
-
-
 def image(identifier, offset, length):
     return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=length))
 
@@ -274,6 +237,15 @@ def test_a_preempted_push_gets_a_new_table(rig, newer_runner):
         metadata = rig.step(cached=[("a", [7, 8, 9], 16, 24)], resumed=["a"])
     assert metadata.push_steps == [PushStep("a", ([7, 8, 9],), True, 40)]
     assert metadata.push_starts == []
+
+
+def test_a_table_that_vllm_appends_to_later_stays_as_it_was(rig):
+    req, blocks = request("a", push_params()), [1, 2, 3]
+    rig.scheduler.matched_tokens(req, 0)
+    metadata = rig.step(new=[(req, blocks, 0, 40)])
+    # vLLM's model runner, which may be in this process, appends to the lists of the scheduler's output.
+    blocks.append(4)
+    assert metadata.push_steps[0].tables == ([1, 2, 3],)
 
 
 def test_preempted_and_resumed_in_one_step_gets_a_new_table(rig):

@@ -372,7 +372,9 @@ class Scheduler:
         state.preempted = False
         whole = tables_now(output, engine_id) if self._role.backoff else None
         if whole is None:
-            self._next.push_steps.append(PushStep(engine_id, tables, replace, state.upto))
+            # vLLM's model runner may be in this process, and appends to the same lists.
+            own = tuple(list(blocks) for blocks in tables)
+            self._next.push_steps.append(PushStep(engine_id, own, replace, state.upto))
         else:
             own = used(self._role.tables, whole)
             self._next.push_steps.append(PushStep(engine_id, own, replace, state.upto, is_whole=True))
