@@ -197,9 +197,14 @@ def test_what_is_no_message_ends_only_its_own_connection(sides: Sides, port: str
         fixture("register"),
         fixture("alloc_request")[:-3],
     ]
-    for sample in samples:
+    for count, sample in enumerate(samples, start=1):
         with peer(zmq.DEALER, number) as stranger:
             stranger.send_multipart([b"", sample])
+            # The socket stays open until the receiver has read the message: a socket that closes drops what it has not
+            # sent yet.
+            deadline = time.monotonic() + 10
+            while sides.receiver.metrics().sum("pd_sidecar_malformed_frames", port=label) < before + count:
+                assert time.monotonic() < deadline, f"the receiver did not count {sample[:20]!r}"
             assert not stranger.poll(100), "an answer to no message"
     after = sides.receiver.metrics().sum("pd_sidecar_malformed_frames", port=label)
     assert after - before == len(samples)
