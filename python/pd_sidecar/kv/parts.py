@@ -104,11 +104,6 @@ class Parts:
 
     def of_heads(self, heads: range) -> Parts:
         """Returns the same tensors with only these heads. Raises `LayoutError` for several groups."""
-        if not self.is_one:
-            raise LayoutError(
-                "KV with several groups cannot be divided into another number of ranks than workers: use the same "
-                "tensor-parallel size on both sides"
-            )
         return Parts.one(self.only.of_heads(heads))
 
     def layout(self, model: str, chunk_tokens: int) -> wire.Layout:

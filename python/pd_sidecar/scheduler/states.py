@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PushPhase(Enum):
-    """The phases of a push, as in the diagram above."""
+    """The phases of a push, as in the diagram of `scheduler`."""
 
     WAITING = auto()
     RUNNING = auto()
@@ -23,7 +23,7 @@ class PushPhase(Enum):
 
 
 class LoadPhase(Enum):
-    """The phases of a load, as in the diagram above."""
+    """The phases of a load, as in the diagram of `scheduler`."""
 
     OFFERED = auto()
     PARKED = auto()
