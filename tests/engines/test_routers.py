@@ -48,7 +48,8 @@ class Router:
         answer: Answer = complete(self.url, tokens, max_tokens=24, model="m")
         assert answer.token_ids == reference.token_ids(tokens)
         check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))
-        assert (pair.prefill.prompt_tokens() - prefilled).computed == len(tokens)
+        counted = pair.prompt_tokens_since(prefilled, len(tokens), engine=pair.prefill)
+        assert counted.computed == len(tokens)
         deadline = time.monotonic() + BOUND_S
         while len(records := pair.receiver.records()) == seen:
             assert time.monotonic() < deadline, "the receiver has no record of the request"
@@ -127,6 +128,7 @@ class Flagged:
         assert send(tokens) == expect
         wait(lambda: sum_of(self.decode) - sum(vars(before).values()) >= len(tokens))
         check_tokens(self.decode.prompt_tokens() - before, len(tokens))
+        wait(lambda: sum_of(self.prefill) - sum(vars(prefilled).values()) >= len(tokens))
         assert (self.prefill.prompt_tokens() - prefilled).computed == len(tokens)
         wait(lambda: len(received(self.decode)) > seen)
         record = received(self.decode)[-1]

@@ -25,6 +25,10 @@ pub struct Load {
     /// Time of the first `/health` failure since the last success of `/health`, in microseconds since
     /// `born`; 0 if there is none.
     sick: AtomicU64,
+    /// Time of the first `/health` answer with an error since the last success, in microseconds since
+    /// `born`; 0 if there is none. Such an answer says that the engine is dead, while a late answer may
+    /// come from a busy engine.
+    dead: AtomicU64,
     /// Time from which the fields in microseconds are counted.
     born: Instant,
     /// Number of legs that were answered; `answered_us` is the sum of their times to the first byte, in
@@ -68,12 +72,29 @@ pub struct Breaker {
     pub stall: Duration,
 }
 
+/// What an engine's `/health` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    Good,
+    /// The HTTP server answers that the engine is dead.
+    Dead,
+    /// No answer came in time, or the server cannot be reached.
+    Unknown,
+}
+
 /// One leg's part of an instance's load. Dropping the guard subtracts the part again.
 #[derive(Debug)]
 pub struct LoadGuard {
     load: Arc<Load>,
     tokens: u64,
 }
+
+/// Time after which an engine is dead whose `/health` keeps saying so. A request that reaches vLLM's server
+/// in the moment in which the engine dies gets no answer and no error, so only `/health` shows its end.
+pub(crate) const DEAD_AFTER: Duration = Duration::from_secs(2);
+
+/// Time between two looks at whether the engine of a waiting request is dead.
+pub(crate) const DEAD_LOOK: Duration = Duration::from_secs(1);
 
 impl Default for Load {
     fn default() -> Self {
@@ -85,6 +106,7 @@ impl Default for Load {
             is_stalled: AtomicBool::new(false),
             heard: AtomicU64::new(0),
             sick: AtomicU64::new(0),
+            dead: AtomicU64::new(0),
             born: Instant::now(),
             answered: AtomicU64::new(0),
             answered_us: AtomicU64::new(0),
@@ -146,24 +168,39 @@ impl Load {
         (us > 0).then(|| self.born + Duration::from_micros(us))
     }
 
-    /// Records an answer of the engine's `/health`.
-    pub fn checked(&self, now: Instant, is_healthy: bool) {
-        if is_healthy {
-            self.sick.store(0, Ordering::Relaxed);
-            return;
-        }
+    /// Records a result of asking the engine's `/health`.
+    pub fn checked(&self, now: Instant, health: Health) {
+        let since = self.since_born(now);
         // Only the first failure in a row sets the time. Two concurrent failures may both set it; their
         // times are almost equal.
-        let first = self.sick.load(Ordering::Relaxed) == 0;
-        if first {
-            self.sick.store(self.since_born(now), Ordering::Relaxed);
+        let keep_first = |time: &AtomicU64| {
+            if time.load(Ordering::Relaxed) == 0 {
+                time.store(since, Ordering::Relaxed);
+            }
+        };
+        match health {
+            Health::Good => {
+                self.sick.store(0, Ordering::Relaxed);
+                self.dead.store(0, Ordering::Relaxed);
+            }
+            Health::Dead => {
+                keep_first(&self.sick);
+                keep_first(&self.dead);
+            }
+            Health::Unknown => keep_first(&self.sick),
         }
     }
 
-    /// Returns true if `/health` has failed for at least `time`.
-    pub fn is_sick_for(&self, now: Instant, time: Duration) -> bool {
-        let since = self.sick.load(Ordering::Relaxed);
-        since > 0 && self.born + Duration::from_micros(since) + time <= now
+    /// Returns true if the engine is dead: it has shown no sign of work since `silent_since`, and since
+    /// then its `/health` has failed for at least `limit`, or has said for `DEAD_AFTER` that the engine is
+    /// dead.
+    pub fn is_dead(&self, now: Instant, silent_since: Instant, limit: Duration) -> bool {
+        let has_lasted = |since: &AtomicU64, time: Duration| {
+            let since = since.load(Ordering::Relaxed);
+            let at = self.born + Duration::from_micros(since);
+            since > 0 && at.max(silent_since) + time <= now
+        };
+        has_lasted(&self.sick, limit) || has_lasted(&self.dead, limit.min(DEAD_AFTER))
     }
 
     /// Records that the instance has legs in flight and shows no sign of work, and opens the breaker.

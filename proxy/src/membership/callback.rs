@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::fleet::instance::Instance;
+use crate::fleet::load::Health;
 use crate::fleet::models::Models;
 use crate::fleet::registry::{Answer, CallBack};
 use crate::openai::headers::call_headers;
@@ -81,11 +82,15 @@ async fn health(app: &App, call: &CallBack) -> Answer {
         .client
         .get(&call.health, HeaderMap::new(), CALL_BACK_TIMEOUT)
         .await;
-    let is_healthy = (asked.as_ref()).is_ok_and(|answer| answer.head.status.is_success());
+    let health = match &asked {
+        Ok(answer) if answer.head.status.is_success() => Health::Good,
+        Ok(_) => Health::Dead,
+        Err(_) => Health::Unknown,
+    };
     let instances = app.instances();
     let is_meant = |i: &&Arc<Instance>| i.id == call.id && i.epoch == call.epoch;
     if let Some(instance) = instances.iter().find(is_meant) {
-        instance.load.checked(Instant::now(), is_healthy);
+        instance.load.checked(Instant::now(), health);
     }
     let reason = match asked {
         Ok(answer) if answer.head.status.is_success() => {

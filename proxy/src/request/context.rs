@@ -209,10 +209,15 @@ impl RequestContext {
         }
     }
 
-    /// Returns true if the decode engine's `/health` has failed for at least `time`.
-    pub(crate) fn is_decode_sick(&self, now: Instant, time: Duration) -> bool {
+    /// Returns true if the decode engine is dead; see `Load::is_dead`.
+    pub(crate) fn is_decode_dead(
+        &self,
+        now: Instant,
+        silent_since: Instant,
+        limit: Duration,
+    ) -> bool {
         let guard = self.load_guards[1].as_ref();
-        guard.is_some_and(|guard| guard.load().is_sick_for(now, time))
+        guard.is_some_and(|guard| guard.load().is_dead(now, silent_since, limit))
     }
 
     /// Notes an error and the status that the client gets.

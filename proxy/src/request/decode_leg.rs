@@ -10,6 +10,7 @@ use tracing::warn;
 use super::{Drive, Side, Step};
 use crate::connectors::first_token;
 use crate::fleet::instance::Instance;
+use crate::fleet::load::DEAD_LOOK;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::fallback::Fallback;
 use crate::request::context::RequestContext;
@@ -60,7 +61,7 @@ impl Drive {
         };
         // The client must not wait for a dead engine until `limit`, so check earlier whether the instance
         // works.
-        self.check_at = self.decode_sent + config.stall_timeout;
+        self.check_at = self.decode_sent + config.stall_timeout.min(DEAD_LOOK);
         self.decode = Some(Box::pin(async move {
             client.decode(method, &url, headers, body, limit).await
         }));
@@ -149,8 +150,8 @@ impl Drive {
     pub(super) fn check_decode(&mut self, context: &mut RequestContext) -> Step {
         let (now, breaker) = (Instant::now(), self.app.config.breaker());
         let load = &self.pair.decode.load;
-        self.check_at = now + breaker.stall;
-        if !load.is_sick_for(now, breaker.stall) {
+        self.check_at = now + breaker.stall.min(DEAD_LOOK);
+        if !load.is_dead(now, self.decode_sent, breaker.stall) {
             if context.waits_for_kv() && context.prefill_mut().is_some() {
                 return Step::Again;
             }

@@ -16,6 +16,7 @@ use protocol::RequestId;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use crate::fleet::load::{DEAD_AFTER, DEAD_LOOK};
 use crate::openai::error::{ApiError, Code};
 use crate::openai::headers::{end_to_end, is_event_stream};
 use crate::openai::sse::{self, Events};
@@ -70,7 +71,7 @@ pub(crate) fn respond(
         held: Some(answer.held).filter(|held| !held.is_empty()),
         rest: answer.rest,
         gathered: BytesMut::new(),
-        idle: Box::pin(sleep(limits.idle.min(limits.dead))),
+        idle: Box::pin(sleep(limits.idle.min(limits.dead).min(DEAD_AFTER))),
         heard: Instant::now(),
         limits,
         force_shutdown: Box::pin(force_shutdown.cancelled_owned()),
@@ -204,15 +205,16 @@ impl ResponseBody {
             }
             // A working engine may be silent for long. But if the engine's `/health` also fails, the engine
             // is dead, and waiting is useless.
-            let is_long = self.heard + limits.dead <= now;
-            if is_long && self.context.is_decode_sick(now.into_std(), limits.dead) {
+            if (self.context).is_decode_dead(now.into_std(), self.heard.into_std(), limits.dead) {
                 let text = format!(
                     "the decode instance has been silent for {}, and its /health fails",
-                    shown(limits.dead)
+                    shown(Duration::from_secs(
+                        now.duration_since(self.heard).as_secs()
+                    ))
                 );
                 return Poll::Ready(text);
             }
-            let look = if is_long { now } else { self.heard } + limits.dead;
+            let look = (self.heard + DEAD_AFTER).max(now + DEAD_LOOK);
             self.idle.as_mut().reset(look.min(until));
         }
     }

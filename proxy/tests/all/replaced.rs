@@ -189,6 +189,28 @@ async fn a_hung_engine_is_replaced_and_avoided() {
 }
 
 #[tokio::test]
+async fn a_request_that_a_dead_engine_swallowed_is_given_to_another() {
+    // A request that arrives while vLLM's engine dies gets neither an answer nor an error.
+    let flags = ["--call-back-every", "100ms", "--stall-timeout", "1h"];
+    let rig = Rig::start(&flags).await;
+    let (d1, _one) = rig.instance("d1", Role::Decode).await;
+    let (d2, _two) = rig.instance("d2", Role::Decode).await;
+    d1.on_decode(Reply::Silence);
+    d2.on_decode(Reply::Stream(events(&["hello"]), Then::End));
+    let client = rig.client.clone();
+    let waits = tokio::spawn(async move { client.post(COMPLETIONS, &streamed()).await });
+    rig.journal.until("d1 alone").await;
+    d1.set_health(503);
+    let answer = tokio::time::timeout(crate::support::PATIENCE, waits)
+        .await
+        .expect("the request does not wait for the stall timeout")
+        .unwrap();
+    assert_eq!(answer.text(), events(&["hello"]).concat());
+    assert_eq!(rig.record().await["decode_attempts"], 2);
+    rig.journal.until("d1 alone aborted").await;
+}
+
+#[tokio::test]
 async fn a_hung_prefill_engine_is_avoided_at_once() {
     let rig = Rig::start(&["--prefill-timeout", "300ms"]).await;
     let pair = rig.pair().await;
@@ -287,8 +309,8 @@ async fn an_answer_that_comes_as_a_whole_may_take_longer_than_a_first_event() {
 
 #[tokio::test]
 async fn a_silent_stream_of_a_dead_engine_is_given_up_on_before_the_idle_timeout() {
-    let flags = ["--stall-timeout", "300ms", "--call-back-every", "100ms"];
-    let rig = Rig::start(&flags).await;
+    // The stall timeout of 20 s is longer than this test waits.
+    let rig = Rig::start(&["--call-back-every", "100ms"]).await;
     let (d, _sidecar) = rig.instance("d", Role::Decode).await;
     let begun = events(&["a"])[..1].to_vec();
     d.on_decode(Reply::Stream(begun, Then::Hang));

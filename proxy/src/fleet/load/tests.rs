@@ -80,13 +80,32 @@ fn a_stalled_instance_pauses_until_it_shows_a_sign_of_work() {
 fn health_counts_from_its_first_failure() {
     let load = Load::default();
     let now = Instant::now();
-    let time = Duration::from_secs(10);
+    let limit = Duration::from_secs(10);
     let at = |seconds| now + Duration::from_secs(seconds);
-    assert!(!load.is_sick_for(at(100), time));
-    load.checked(at(1), false);
-    load.checked(at(9), false);
-    assert!(!load.is_sick_for(at(10), time));
-    assert!(load.is_sick_for(at(12), time));
-    load.checked(at(12), true);
-    assert!(!load.is_sick_for(at(100), time));
+    assert!(!load.is_dead(at(100), now, limit));
+    load.checked(at(1), Health::Unknown);
+    load.checked(at(9), Health::Unknown);
+    assert!(!load.is_dead(at(10), now, limit));
+    assert!(load.is_dead(at(12), now, limit));
+    assert!(!load.is_dead(at(12), at(5), limit), "it worked at 5 s");
+    load.checked(at(12), Health::Good);
+    assert!(!load.is_dead(at(100), now, limit));
+}
+
+#[test]
+fn an_engine_that_says_that_it_is_dead_is_not_waited_for() {
+    let load = Load::default();
+    let now = Instant::now();
+    let limit = Duration::from_secs(20);
+    let at = |seconds| now + Duration::from_secs(seconds);
+    load.checked(at(1), Health::Dead);
+    load.checked(at(2), Health::Unknown);
+    assert!(
+        !load.is_dead(at(2), now, limit),
+        "one answer may be an accident"
+    );
+    assert!(load.is_dead(at(3), now, limit));
+    assert!(!load.is_dead(at(3), at(2), limit), "it worked at 2 s");
+    load.checked(at(4), Health::Good);
+    assert!(!load.is_dead(at(5), now, limit));
 }
