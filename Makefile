@@ -58,10 +58,10 @@ demo: venv build ## Run some prompts through two real vLLM, two sidecars and the
 
 test: prepare lint unit e2e ## Run all checks: lint, unit tests, tests with real engines and real NIXL
 
-# Without the tests of the Triton kernel: its interpreter takes most of the time of the Python unit tests. The other Python
+# Without the tests of the Triton kernels: its interpreter takes most of the time of the Python unit tests. The other Python
 # tests and the Rust checks use one core each.
 quick: venv ## Run the checks that take half a minute: format, clippy, the protocol's tests and the Python unit tests
-	@(cd python && $(PYTHON_IN_VENV) -m pytest -q --ignore tests/test_triton_copy.py $(PYTEST)) & tests=$$!; \
+	@(cd python && $(PYTHON_IN_VENV) -m pytest -q --ignore-glob "tests/test_triton_*.py" $(PYTEST)) & tests=$$!; \
 	$(CARGO) fmt --all --check && \
 	$(PYTHON_IN_VENV) -m ruff check --quiet && \
 	$(PYTHON_IN_VENV) -m ruff format --check --quiet && \

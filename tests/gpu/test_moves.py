@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("NOT TESTED: there is no GPU", allow_module_level=True)
 
-from pd_sidecar.kv.copier import Piece
+from pd_sidecar.kv.copier import Piece, piece_of
 from pd_sidecar.kv.cuda import OpenedMemory
 from pd_sidecar.kv.gpu import Gpu, GpuCopier
 from pd_sidecar.kv.host_copy import HostCopier
 from pd_sidecar.kv.layout import Geometry, Hint, geometry
-from pd_sidecar.kv.triton_copy import Mover
+from pd_sidecar.kv.parts import GroupPart, Parts
+from pd_sidecar.kv.parts_copy import PartsCopier
+from pd_sidecar.kv.parts_mover import PartsMover
+from pd_sidecar.kv.plan import Plan
+from pd_sidecar.kv.states import States
 from pd_sidecar.sidecar.wire import CudaMemory
 
 CHUNK = 256
@@ -80,9 +86,9 @@ class Rig:
     def _over(self, pages: Geometry, slots: int) -> None:
         self.pages = pages
         self.slot_bytes = self.pages.token_bytes * CHUNK
-        self.gpu = Gpu(self.pages, 2, CHUNK)
+        self.gpu = Gpu(Parts.one(self.pages), 2, CHUNK)
         self.slots = torch.zeros(slots * self.slot_bytes, dtype=torch.uint8, device="cuda")
-        mover = Mover(self.pages, self.slot_bytes)
+        mover = PartsMover(Parts.one(self.pages), self.slot_bytes)
         self.copier = GpuCopier(mover, self.slots, self.gpu._stream, self.gpu._engine, self.gpu._signals)
 
     def wait(self, fence: Any) -> None:
@@ -223,9 +229,9 @@ def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
         found = {n: t.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4) for n, t in found.items()}
     pages = geometry(found, Hint(2 * BLOCKS, 16, 8, 128, False))
     slot_bytes = pages.token_bytes * CHUNK
-    gpu = Gpu(pages, 0, CHUNK)
+    gpu = Gpu(Parts.one(pages), 0, CHUNK)
     slots = torch.zeros(20 * slot_bytes, dtype=torch.uint8, device="cuda")
-    copier = GpuCopier(Mover(pages, slot_bytes), slots, gpu._stream, gpu._engine, [])
+    copier = GpuCopier(PartsMover(Parts.one(pages), slot_bytes), slots, gpu._stream, gpu._engine, [])
     parts = spans(20 * CHUNK, torch.randperm(2 * BLOCKS)[:320], list(range(20)))
     seconds: dict[str, list[float]] = {"gather": [], "scatter": []}
     for _ in range(8):
@@ -239,6 +245,117 @@ def test_moves_run_at_copy_speed(layout: str, record_property: Any) -> None:
         record_property(f"{name}_gb_per_s", rate)
         print(f"{layout}: {name} of 640 MiB {min(times) * 1e3:.3f} ms, {rate:.0f} GB/s")
         assert rate > 700, times
+
+
+# KV of several groups.
+
+# Each value has the groups of a model: kind, size, number of layers, KV heads and head size; for a state: the number of
+# layers, and the shapes of the convolution's inputs and of the sum.
+GROUPS: dict[str, list[tuple[Any, ...]]] = {
+    "windows": [("full", 0, 12, 8, 64), ("window", 128, 12, 8, 64)],
+    "gated delta net": [("full", 0, 12, 2, 256), ("state", 36, (8192, 3), (32, 128, 128))],
+    "Mamba 2": [("full", 0, 4, 8, 128), ("state", 36, (3328, 3), (48, 64, 128))],
+}
+
+
+def groups_of(name: str, block: int, device: str = "cuda") -> Parts:
+    """Returns the parts of a model with random KV. States are parts of a larger tensor, as vLLM makes them."""
+    parts = []
+    for number, (kind, *described) in enumerate(GROUPS[name]):
+        if kind == "state":
+            layers, conv, total = described
+            sizes = [conv[0] * conv[1], total[0] * total[1] * total[2]]
+            found = []
+            for _ in range(layers):
+                # Twice as many elements of two bytes: the sum has four bytes for each element.
+                whole = torch.randn(8, sizes[0] + 2 * sizes[1], device=device).to(torch.bfloat16)
+                inputs = whole[:, : sizes[0]].unflatten(1, conv).transpose(1, 2)
+                found.append((inputs, whole[:, sizes[0] :].view(torch.float32).unflatten(1, total)))
+            parts.append(GroupPart(number, kind, States(tuple(found), tuple(f"state.{n}" for n in range(layers)))))
+            continue
+        size, layers, heads, width = described
+        own = {f"{number}.{n}": torch.randn(BLOCKS, heads, block, 2 * width, device=device) for n in range(layers)}
+        own = {name: tensor.to(torch.bfloat16) for name, tensor in own.items()}
+        parts.append(GroupPart(number, kind, geometry(own, Hint(BLOCKS, block, heads, width, False)), size))
+    return Parts(tuple(parts))
+
+
+def on_host(parts: Parts) -> Parts:
+    """Returns copies of the parts in host memory."""
+
+    def copied(part: GroupPart) -> GroupPart:
+        if isinstance(part.pages, States):
+            states = tuple(tuple(tensor.cpu() for tensor in layer) for layer in part.pages.layers)
+            return replace(part, pages=States(states, part.pages.names))
+        pages = [replace(page, tensor=page.tensor.cpu()) for page in part.pages.layers]
+        return replace(part, pages=replace(part.pages, layers=tuple(pages)))
+
+    return Parts(tuple(map(copied, parts.parts)))
+
+
+@pytest.mark.parametrize("tokens", [70, 3000])
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_are_what_the_host_makes_of_them(name: str, tokens: int) -> None:
+    torch.manual_seed(5)
+    parts = groups_of(name, 16)
+    plan = Plan(parts.groups, CHUNK, tokens=tokens, have=0)
+    gpu = Gpu(parts, 0, CHUNK)
+    slots = torch.zeros(plan.chunks * plan.slot_bytes, dtype=torch.uint8, device="cuda")
+    copier = GpuCopier(PartsMover(parts, plan.slot_bytes), slots, gpu._stream, gpu._engine, [])
+
+    def pieces(seed: int) -> list[Piece]:
+        torch.manual_seed(seed)
+        tables = [torch.randperm(BLOCKS - 1)[: -(-tokens // 16)] + 1, torch.randperm(BLOCKS - 1) + 1, torch.tensor([5])]
+        own = {n: tables[2 if part.kind == "state" else n] for n, part in enumerate(parts.parts)}
+        return [piece_of(part, chunk, own[part.group]) for chunk in plan.wanted() for part in plan.parts(chunk)]
+
+    fences = {"gather": copier.gather(pieces(1), [gpu.mark()])}
+    torch.cuda.synchronize()
+    host = mmap.mmap(-1, slots.numel())
+    PartsCopier(on_host(parts), host, plan.slot_bytes).gather(pieces(1))
+    expect = torch.frombuffer(host, dtype=torch.uint8)
+    assert torch.equal(slots.cpu(), expect)
+    assert expect.any()
+    # Then move everything into other blocks, and from these blocks into empty slots.
+    fences["scatter"] = copier.scatter(pieces(2), [gpu.mark()])
+    torch.cuda.synchronize()
+    slots.zero_()
+    copier.gather(pieces(2), [gpu.mark()])
+    torch.cuda.synchronize()
+    assert torch.equal(slots.cpu(), expect)
+    for kind, fence in fences.items():
+        assert fence.done()
+        print(f"{name}, {tokens} tokens: {kind} of {plan.bytes / 2**20:.1f} MiB {fence.seconds * 1e3:.3f} ms")
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_how_fast_groups_move(name: str, record_property: Any) -> None:
+    """Prints the speed of eight requests at once. Asserts only that all bytes were moved."""
+    torch.manual_seed(6)
+    parts = groups_of(name, 16)
+    plan = Plan(parts.groups, CHUNK, tokens=2048, have=0)
+    gpu = Gpu(parts, 0, CHUNK)
+    slots = torch.zeros(7 * plan.chunks * plan.slot_bytes, dtype=torch.uint8, device="cuda")
+    copier = GpuCopier(PartsMover(parts, plan.slot_bytes), slots, gpu._stream, gpu._engine, [])
+    table = torch.randperm(BLOCKS - 1)[:128] + 1
+    pieces = [
+        piece_of(part, request * plan.chunks + chunk, torch.tensor([request + 1]) if plan.is_state(chunk) else table)
+        for request in range(7)
+        for chunk in plan.wanted()
+        for part in plan.parts(chunk)
+    ]
+    for kind, move in (("gather", copier.gather), ("scatter", copier.scatter)):
+        times = []
+        for _ in range(6):
+            fence = move(pieces, [gpu.mark()])
+            torch.cuda.synchronize()
+            assert fence.done()
+            times.append(fence.seconds)
+        rate = 7 * plan.bytes / min(times) / 1e9
+        record_property(f"{kind}_gb_per_s", rate)
+        print(f"{name}: {kind} of {7 * plan.bytes / 2**20:.0f} MiB {min(times) * 1e3:.3f} ms, {rate:.0f} GB/s")
+    moved = slots.view(7, -1)[:, : plan.slot_bytes]
+    assert all(bool(slot.any()) for slot in moved)
 
 
 # Memory of another process.

@@ -72,7 +72,7 @@ pub struct Breaker {
     pub stall: Duration,
 }
 
-/// What an engine's `/health` shows.
+/// The result of asking an engine's `/health`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
     Good,

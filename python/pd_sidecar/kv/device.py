@@ -55,7 +55,7 @@ def device_of(parts: Parts, chunk_tokens: int, *, signals: bool) -> Device:
     # Triton is installed only on hosts with a GPU.
     from pd_sidecar.kv.gpu import Gpu
 
-    return Gpu(parts.only, SIGNALS if signals else 0, chunk_tokens)
+    return Gpu(parts, SIGNALS if signals else 0, chunk_tokens)
 
 
 SIGNALS = 64

@@ -18,13 +18,14 @@ import torch
 
 from pd_sidecar.kv.copier import Piece
 from pd_sidecar.kv.cuda import CudaError, Driver, OpenedMemory
-from pd_sidecar.kv.triton_copy import Mover, Plan
+from pd_sidecar.kv.parts_mover import PartsMover, PartsPlan
+from pd_sidecar.kv.states import States
+from pd_sidecar.sidecar.wire import slot_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from pd_sidecar.kv.copier import Fence, Mark
-    from pd_sidecar.kv.layout import Geometry
     from pd_sidecar.kv.parts import Parts
     from pd_sidecar.sidecar.connection import Connection
 
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 class Gpu:
     """Implements `copier.Device`."""
 
-    def __init__(self, pages: Geometry, signals: int, chunk_tokens: int) -> None:
-        """Makes the stream and the events, and compiles the kernel, before the engine captures graphs."""
-        self._device = pages.first.tensor.device
+    def __init__(self, parts: Parts, signals: int, chunk_tokens: int) -> None:
+        """Makes the stream and the events, and compiles the kernels, before the engine captures graphs."""
+        self._device = parts.device
         self._driver = Driver()
         self.name: str | None = self._driver.uuid(self._device.index or 0)
         self.is_asynchronous = True
@@ -46,7 +47,7 @@ class Gpu:
             self._stream = torch.cuda.Stream(priority=-1)
             self._signals = [torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(signals)]
             self.events = [event.ipc_handle() for event in self._signals]
-            self._warm_up(pages, chunk_tokens)
+            self._warm_up(parts, chunk_tokens)
 
     def enter(self) -> None:
         """Selects the GPU for the calling thread, because CUDA keeps the current device per thread."""
@@ -76,17 +77,27 @@ class Gpu:
         except CudaError as error:
             raise OSError(str(error)) from error
         slots = torch.as_tensor(memory, device=self._device)
-        mover = Mover(parts.only, connection.welcome.slot_bytes)
+        mover = PartsMover(parts, connection.welcome.slot_bytes)
         return GpuCopier(mover, slots, self._stream, self._engine, self._signals)
 
-    def _warm_up(self, pages: Geometry, chunk_tokens: int) -> None:
-        """Moves one token to a slot and back, so that both kernels are compiled. The pages hold no KV yet."""
-        slots = torch.zeros(pages.token_bytes, dtype=torch.uint8, device=self._device)
-        mover = Mover(pages, pages.token_bytes * chunk_tokens)
-        copier = GpuCopier(mover, slots, self._stream, self._engine, self._signals)
-        piece = Piece(0, torch.zeros(1, dtype=torch.int64), (0, 1), (0, 1))
-        copier.gather([piece], [self.mark()])
-        copier.scatter([piece], [self.mark()])
+    def _warm_up(self, parts: Parts, chunk_tokens: int) -> None:
+        """Moves one token and the start of the state to a slot and back, so that all kernels are compiled. The pages
+        hold no KV yet.
+        """
+        size = slot_bytes(parts.groups, chunk_tokens)
+        # With several groups block 0 is refused, because vLLM uses it in place of freed blocks.
+        table = torch.zeros(1, dtype=torch.int64) if parts.is_one else torch.ones(1, dtype=torch.int64)
+        pieces = [
+            Piece(0, table, (0, 0), (0, 0), index, bytes=min(size, part.group.bytes))
+            if isinstance(part.pages, States)
+            else Piece(0, table, (0, 1), (0, 1), index)
+            for index, part in enumerate(parts.parts)
+        ]
+        slots = torch.zeros(max(part.group.bytes for part in parts.parts), dtype=torch.uint8, device=self._device)
+        copier = GpuCopier(PartsMover(parts, size), slots, self._stream, self._engine, self._signals)
+        for piece in pieces:
+            copier.gather([piece], [self.mark()])
+            copier.scatter([piece], [self.mark()])
         self._stream.synchronize()
 
 
@@ -95,7 +106,7 @@ class GpuCopier:
 
     def __init__(
         self,
-        mover: Mover,
+        mover: PartsMover,
         slots: torch.Tensor,
         stream: torch.cuda.Stream,
         engine: list[torch.cuda.Stream],
@@ -118,7 +129,7 @@ class GpuCopier:
         last: bool = False,
     ) -> Fence:
         """Copies pages to slots."""
-        plan = Plan(self._mover.pages, pieces)
+        plan = self._mover.plan(pieces)
         stream = self._engine[0] if last and self._engine else self._stream
         move = self._launch(stream, plan, () if stream is not self._stream else after, gather=True)
         if signal is not None:
@@ -127,24 +138,24 @@ class GpuCopier:
 
     def layered_copy(self, pieces: Sequence[Piece]) -> _LayeredCopy:
         """Starts a copy of pages to slots by ranges of layers."""
-        return _LayeredCopy(self, Plan(self._mover.pages, pieces))
+        return _LayeredCopy(self, self._mover.plan(pieces))
 
-    def gather_layers(self, plan: Plan, layers: tuple[int, int], signal: int) -> _Move:
+    def gather_layers(self, plan: PartsPlan, layers: tuple[int, int], signal: int) -> _Move:
         """Copies a range of layers on the stream of the calling thread."""
-        stream = torch.cuda.current_stream(self._mover.pages.first.tensor.device)
+        stream = torch.cuda.current_stream(self._mover.device)
         move = self._launch(stream, plan, (), layers, gather=True)
         self._signals[signal].record(stream)
         return move
 
     def scatter(self, pieces: Sequence[Piece], after: Iterable[Mark]) -> Fence:
         """Copies slots to pages."""
-        plan = Plan(self._mover.pages, pieces)
+        plan = self._mover.plan(pieces)
         return self._launch(self._stream, plan, after, gather=False)
 
     def _launch(
         self,
         stream: torch.cuda.Stream,
-        plan: Plan,
+        plan: PartsPlan,
         after: Iterable[Mark],
         layers: tuple[int, int] | None = None,
         *,
@@ -175,7 +186,7 @@ class GpuCopier:
 class _LayeredCopy:
     """Implements `copier.LayeredCopy`."""
 
-    def __init__(self, copier: GpuCopier, plan: Plan) -> None:
+    def __init__(self, copier: GpuCopier, plan: PartsPlan) -> None:
         self._copier = copier
         self._plan = plan
         self._below = 0

@@ -1,4 +1,4 @@
-"""Moves KV between pages and slots on a GPU, with one launch for all requests of a step.
+"""Moves the KV of one group between pages and slots on a GPU, with one launch for all requests of a step.
 
 The kernel reads the place of each piece from a plan that comes with the launch. So the kernel needs neither a second
 copy nor row numbers, which take megabytes. Values that are the same in every launch are compiled into the kernel.
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from pd_sidecar.kv.copier import Piece
 
-FIELDS: tl.constexpr = tl.constexpr(6)
+FIELDS: tl.constexpr = tl.constexpr(7)
 """The number of fields that the plan has per piece. The fields are slot, first token, number of tokens, number of
-tokens in the slot, index of the first moved token in the slot, and start of the piece's block table.
+tokens in the slot, index of the first moved token in the slot, start of the piece's block table, and the first byte of
+the group in the slot.
 """
 
 TOKENS, COLUMNS = 16, 256
@@ -43,6 +44,7 @@ def _move(  # type: ignore[no-untyped-def]
     layers,
     block_units: tl.constexpr,
     slot_units: tl.constexpr,
+    unit: tl.constexpr,
     layer_count: tl.constexpr,
     block_tokens: tl.constexpr,
     runs: tl.constexpr,
@@ -60,6 +62,7 @@ def _move(  # type: ignore[no-untyped-def]
     packed = tl.load(record + 3)
     offset = tl.load(record + 4)
     table = plan + pieces.to(tl.int64) * FIELDS + tl.load(record + 5)
+    group = tl.load(record + 6) // unit
 
     plane = tl.program_id(1) // layers
     layer = first_layer + tl.program_id(1) % layers
@@ -73,7 +76,7 @@ def _move(  # type: ignore[no-untyped-def]
     in_block = position % block_tokens
     starts = inside + (plane * block_tokens + in_block) * runs
     row_units: tl.constexpr = runs * run_units
-    rows = slot * slot_units + (number * packed + offset + token) * row_units
+    rows = slot * slot_units + group + (number * packed + offset + token) * row_units
     for at in range(0, row_units, column_tile):
         column = at + tl.arange(0, column_tile)
         mask = wanted[:, None] & (column < row_units)[None, :]
@@ -133,25 +136,27 @@ class Plan:
                 parts.append(table)
                 length += table.numel()
             at = tables[id(piece.table)]
-            records += [piece.slot, start, stop - start, end - first, start - first, at]
+            records += [piece.slot, start, stop - start, end - first, start - first, at, piece.offset]
         self.there: torch.Tensor | None = None
         """The copy of `numbers` on the GPU; `None` before the first launch."""
-        self.slots = [piece.slot for piece in pieces]
         self.pieces = len(pieces)
         self.tokens = max(piece.tokens[1] - piece.tokens[0] for piece in pieces)
         self.numbers = torch.cat([torch.tensor(records, dtype=torch.int64), *parts])
 
 
 class Mover:
-    """The kernel, with the constants of one worker's tensors and slots."""
+    """The kernel, with the constants of one group's tensors and of the slots.
 
-    def __init__(self, pages: Geometry, slot_bytes: int) -> None:
+    The group begins at multiples of `offset_step` bytes in the slots; 0 if it always begins at the first byte.
+    """
+
+    def __init__(self, pages: Geometry, slot_bytes: int, offset_step: int = 0) -> None:
         self.pages = pages
         self._device = pages.first.tensor.device
-        widest = _widest(pages, slot_bytes)
-        self._unit = min(widest, max(_DTYPES))
+        widest = _widest(pages, math.gcd(slot_bytes, offset_step))
+        self._unit = min(widest, max(UNITS))
         self._vector = widest // self._unit
-        self._dtype = _DTYPES[self._unit]
+        self._dtype = UNITS[self._unit]
         self._slot_units = slot_bytes // self._unit
         self._parts = [self._part(layers) for layers in _alike(pages.layers)]
 
@@ -164,12 +169,10 @@ class Mover:
         layers: tuple[int, int] | None = None,
     ) -> None:
         """Launches the kernel on the current stream. `buffer` holds the slots as bytes."""
-        numbers = plan.numbers
-        if self._device.type == "cuda":
-            # Keep the copy with the plan: the launches for further ranges of layers use it on the same stream.
-            if plan.there is None:
-                plan.there = numbers.pin_memory().to(self._device, non_blocking=True)
-            numbers = plan.there
+        # Keep the copy with the plan: the launches for further ranges of layers use it on the same stream.
+        if plan.there is None:
+            plan.there = on_device(plan.numbers, self._device)
+        numbers = plan.there
         first, below = layers or (0, len(self.pages.layers))
         slots = buffer[: buffer.numel() // self._unit * self._unit].view(self._dtype)
         for part in self._parts:
@@ -189,6 +192,7 @@ class Mover:
                 end - start,
                 part.block_units,
                 self._slot_units,
+                self._unit,
                 len(self.pages.layers),
                 self.pages.first.tokens,
                 part.inside.shape[2],
@@ -215,6 +219,11 @@ class Mover:
         )
 
 
+def on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a copy of `numbers` for the kernel. Does not wait for the GPU."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+
+
 def _alike(layers: tuple[Pages, ...]) -> list[list[tuple[int, Pages]]]:
     """Groups layers whose blocks have the same arrangement. Each layer comes with its number."""
     groups: list[list[tuple[int, Pages]]] = []
@@ -236,9 +245,11 @@ def _run_elements(page: Pages) -> int:
     return math.gcd(inside.shape[2], *ends.tolist())
 
 
-def _widest(pages: Geometry, slot_bytes: int) -> int:
-    """Returns the largest number of bytes, up to 16, that divides the start and the length of every run."""
-    unit = math.gcd(16, slot_bytes)
+def _widest(pages: Geometry, slot_step: int) -> int:
+    """Returns the largest number of bytes, up to 16, that divides the start and the length of every run. In the slots
+    the group begins at multiples of `slot_step`.
+    """
+    unit = math.gcd(16, slot_step)
     for page in pages.layers:
         size, run = page.tensor.element_size(), _run_elements(page)
         unit = math.gcd(unit, run * size, page.block_stride * size, page.tensor.data_ptr())
@@ -246,4 +257,5 @@ def _widest(pages: Geometry, slot_bytes: int) -> int:
     return unit
 
 
-_DTYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+"""The dtypes of a kernel's elements, by their bytes."""
