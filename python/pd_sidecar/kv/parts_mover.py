@@ -54,7 +54,7 @@ class PartsMover:
             if not own:
                 continue
             if isinstance(mover, StateMover):
-                plans.append((index, StatePlan(mover.states, own)))
+                plans.append((index, mover.plan(own)))
                 continue
             if not self._is_one:
                 _check_blocks(mover.pages, own)
