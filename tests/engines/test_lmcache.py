@@ -8,16 +8,20 @@ keys that LMCache computes for the prompt. An LMCache sender then pushes the chu
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from harness.client import complete, post_json
 from harness.drop_in.chunks import CHUNK_TOKENS
 from harness.drop_in.nodes import LmcacheReceiver, LmcacheSender, of_targets
-from harness.model import HEAD_SIZE, KV_BYTES_PER_TOKEN, KV_HEADS, LAYERS
+from harness.model import HEAD_SIZE, KV_BYTES_PER_TOKEN, KV_HEADS, LAYERS, write_model
 from harness.pair import Pair, check_tokens
+from harness.ports import free_port
 from harness.prompts import chat, image, prompt
 from harness.reference import Reference
+from harness.routers import running_lmcache_proxy
+from harness.sidecar import ROOT
 
 from pd_sidecar.sidecar.wire import Layout, Target
 
@@ -127,3 +131,55 @@ def test_another_prompt_does_not_hit(pair: Pair, reference: Reference) -> None:
     answer = complete(pair.decode.url, tokens, max_tokens=24, kv_transfer_params=params)
     assert answer.token_ids == reference.token_ids(tokens)
     assert pair.prompt_tokens_since(before, 1).computed == 300
+
+
+@pytest.mark.parametrize("kind", ["lmcache", "sidecar"])
+def test_the_example_proxy_of_lmcache(pair: Pair, reference: Reference, tmp_path: Path, logs: Path, kind: str) -> None:
+    """LMCache's proxy waits until our prefill side has pushed the KV. The proxy's decode leg has no parameters, so our
+    decode engine computes the prompt; an engine with LMCache would find the KV by its keys.
+    """
+    question = "write a file, " * (40 if kind == "lmcache" else 60)
+    greedy = {"prompt": question, "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    (expect,) = reference.post("/v1/completions", {"model": "m", **greedy})["choices"]
+    tokens: list[int] = post_json(f"{pair.prefill.url}/tokenize", {"prompt": question})["tokens"]
+    size, notices = len(tokens) * KV_BYTES_PER_TOKEN, free_port()
+    keys = {**pair.options.sidecar_keys, "nixl_over_tcp": "trusted", "unclaimed_ms": 1000}
+    pair.restart_sidecars(keys=keys)
+    layout = Layout(str(pair.options.model), "float", LAYERS, KV_HEADS, HEAD_SIZE, False, CHUNK_TOKENS)
+    receiver = LmcacheReceiver("async", slots=16, layout=layout) if kind == "lmcache" else None
+    ports = (pair.receiver.init_port, pair.receiver.alloc_port)
+    if receiver is not None:
+        ports = (receiver.target.init_port, receiver.target.alloc_port)
+    model = write_model(ROOT / "target" / "model")
+    try:
+        with running_lmcache_proxy(pair.prefill, pair.decode, model, ports, notices, logs) as url:
+            # The prefill side's sidecar sends its notices to LMCache's proxy.
+            pair.sender.stop()
+            pair.sender.options = replace(pair.sender.options, proxy=f"127.0.0.1:{notices}")
+            pair.sender.start()
+            pair.sender.wait_ready()
+            pair.prefill.warm_up()
+            pair.reset_prefix_caches()
+            before, prefilled = pair.decode.prompt_tokens(), pair.prefill.prompt_tokens()
+            skipped = pair.decode.skipped().get("no_params", 0)
+            answer = complete(url, question, max_tokens=24, model="m")
+            assert answer.text == expect["text"]
+            assert answer.token_ids == expect["token_ids"][1:]
+            # Each prompt is computed twice. The decode leg has the first token, too.
+            assert (pair.prefill.prompt_tokens() - prefilled).computed == len(tokens)
+            spent = pair.prompt_tokens_since(before, len(tokens) + 1)
+            assert (spent.computed, spent.external) == (len(tokens) + 1, 0), spent
+            assert pair.decode.skipped()["no_params"] == skipped + 1
+            # The proxy numbers its requests from 1.
+            pushed = pair.sender.record("1")
+            assert (pushed["reason"], pushed["bytes"]) == (None, size), pushed
+            if receiver is not None:
+                found = receiver.do("keys", tokens=tokens, algorithm="sha256_cbor")["keys"]
+                assert None not in receiver.do("get", keys=found, tokens=len(tokens), folder=str(tmp_path))["sums"]
+                assert sum(file.stat().st_size for file in tmp_path.iterdir()) == size
+            else:
+                received = pair.receiver.record("1", bound_s=15.0)
+                assert (received["reason"], received["bytes"]) == ("unclaimed", size), received
+    finally:
+        if receiver is not None:
+            receiver.stop()

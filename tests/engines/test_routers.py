@@ -22,7 +22,13 @@ from harness.pair import BUFFER_BYTES, Pair, check_tokens
 from harness.process import ended_by_signals
 from harness.prompts import prompt
 from harness.reference import Reference
-from harness.routers import install, prefill_leg, running_vllm_router
+from harness.routers import (
+    install,
+    prefill_leg,
+    running_nixl_proxy,
+    running_nixl_push_proxy,
+    running_vllm_router,
+)
 from harness.sidecar import BINARIES, ROOT
 
 BOUND_S = 30.0
@@ -63,7 +69,15 @@ class Router:
 @pytest.fixture
 def fetching(pair: Pair) -> Iterator[Pair]:
     """Restarts the sidecars with a fetch port. Yields when the prefill engine knows the port."""
-    pair.restart_sidecars(keys={**pair.sender.options.keys, "fetch_port": 0})
+    restart_with_fetch_port(pair)
+    yield pair
+    # An idle engine frees the blocks of fetched KV with its next step.
+    pair.prefill.warm_up()
+
+
+def restart_with_fetch_port(pair: Pair, **keys: object) -> None:
+    """Restarts the sidecars with a fetch port and these keys, and returns when the prefill engine knows the port."""
+    pair.restart_sidecars(keys={**pair.sender.options.keys, **keys, "fetch_port": 0})
     port = f"tcp {pair.sender.host}:"
     (fetch,) = [row["address"] for row in pair.sender.status()["listens"] if row["channel"] == "fetch of rank 0"]
     # The scheduler's half learns the port in the next step.
@@ -73,9 +87,6 @@ def fetching(pair: Pair) -> Iterator[Pair]:
         assert time.monotonic() < deadline, "the prefill engine does not know the fetch port"
         pair.prefill.warm_up()
     pair.reset_prefix_caches()
-    yield pair
-    # An idle engine frees the blocks of fetched KV with its next step.
-    pair.prefill.warm_up()
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +120,27 @@ def test_an_engine_that_keeps_kv_idles(fetching: Pair) -> None:
     decode_leg(pair, tokens, told)
     check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))
     assert pair.prefill.metrics().sum("vllm:iteration_tokens_total_count") == steps
+
+
+def test_push_mode(fetching: Pair, reference: Reference, logs: Path) -> None:
+    """Both legs come at the same time, so the decode leg names no kept KV: the decode engine computes the prompt."""
+    pair, tokens = fetching, prompt(300, seed=196)
+    # The KV that nobody fetches would else be kept for 30 s.
+    restart_with_fetch_port(pair, max_keep_ms=4000)
+    before, prefilled = pair.decode.prompt_tokens(), pair.prefill.prompt_tokens()
+    skipped = pair.decode.skipped().get("not_ours", 0)
+    seen = len(pair.sender.records())
+    with running_nixl_push_proxy(pair.prefill, pair.decode, logs) as url:
+        answer = complete(url, tokens, max_tokens=TOKENS, model="m")
+    assert answer.token_ids == reference.token_ids(tokens)
+    spent = pair.prompt_tokens_since(before, len(tokens))
+    assert (spent.computed, spent.external) == (len(tokens), 0), spent
+    # The prefill leg may end after the client's answer.
+    wait(lambda: (pair.prefill.prompt_tokens() - prefilled).computed == len(tokens))
+    assert pair.decode.skipped()["not_ours"] == skipped + 1
+    wait(lambda: len(pair.sender.records()) > seen)
+    record = pair.sender.records()[-1]
+    assert (record["reason"], record["bytes"]) == ("unclaimed", 0), record
 
 
 @dataclass(frozen=True)
@@ -204,14 +236,12 @@ def test_one_flag_behind_vllm_router(flagged: Flagged, routers: Path, logs: Path
 
 
 @pytest.mark.own_engines
-def test_one_flag_behind_the_example_proxy(flagged: Flagged) -> None:
-    """Sends the requests of the example proxy of vLLM for NixlConnector; the program itself is no part of the wheel."""
-
-    def send(tokens: list[int]) -> list[int]:
-        told = prefill_leg(flagged.prefill, tokens)
-        return complete(flagged.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told).token_ids
-
-    flagged.move(send, prompt(300, seed=194))
+def test_one_flag_behind_the_example_proxy_of_vllm(flagged: Flagged, logs: Path) -> None:
+    with running_nixl_proxy(flagged.prefill, flagged.decode, logs) as url:
+        for tokens in (20, 900):
+            flagged.move(
+                lambda ids: complete(url, ids, max_tokens=TOKENS, model="m").token_ids, prompt(tokens, seed=194)
+            )
 
 
 @pytest.mark.own_engines

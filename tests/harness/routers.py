@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from harness.client import call, post_json
+from harness.drop_in.forked import LMCACHE_PYTHON
 from harness.engine import Engine
+from harness.pair import BUFFER_BYTES
 from harness.ports import free_port
 from harness.process import Process
 from harness.sidecar import ROOT
 
 ROUTERS = ROOT / "target" / "routers-venv"
+EXAMPLES = ROOT / "target" / "example-proxies"
 BOUND_S = 30.0
+# LMCache's proxy imports torch.
+START_BOUND_S = 150.0
 
 
 def install() -> Path:
@@ -42,6 +48,76 @@ def running_vllm_router(routers: Path, prefill: Engine, decode: Engine, logs: Pa
         process.stop()
 
 
+def install_examples() -> Path:
+    """Fetches the example proxies of vLLM and LMCache, once. Returns their folder."""
+    subprocess.run([sys.executable, ROOT / "scripts" / "example_proxies.py", EXAMPLES], check=True)
+    return EXAMPLES
+
+
+@contextlib.contextmanager
+def running_nixl_proxy(prefill: Engine, decode: Engine, logs: Path) -> Iterator[str]:
+    """Runs vLLM's example proxy for NixlConnector inside the block. Yields its URL when it serves."""
+    arguments = [
+        "--host", "127.0.0.1", "--prefiller-host", "127.0.0.1", "--prefiller-port", str(prefill.port),
+        "--decoder-host", "127.0.0.1", "--decoder-port", str(decode.port),
+    ]  # fmt: skip
+    with _running_example(
+        [sys.executable, install_examples() / "nixl_proxy.py"], arguments, "healthcheck", logs
+    ) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running_nixl_push_proxy(prefill: Engine, decode: Engine, logs: Path) -> Iterator[str]:
+    """Runs vLLM's example proxy for NixlPushConnector inside the block: the proxy sends both legs at the same time."""
+    arguments = [
+        "--model", "m", "--prefill", f"127.0.0.1:{prefill.port}", "--decode", f"127.0.0.1:{decode.port}",
+        "--prefill-engine-id", "prefill", "--prefill-kv-host", "127.0.0.1", "--prefill-side-channel-port", "5600",
+    ]  # fmt: skip
+    with _running_example(
+        [sys.executable, install_examples() / "nixl_push_proxy.py"], arguments, "status", logs
+    ) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running_lmcache_proxy(
+    prefill: Engine, decode: Engine, model: Path, receiver_ports: tuple[int, int], notices: int, logs: Path
+) -> Iterator[str]:
+    """Runs LMCache's example proxy inside the block.
+
+    The proxy reads the size of a token's KV from the configuration of `model`, to limit the requests under way.
+    `receiver_ports` are the init port and the alloc port that the proxy gives to the prefill engine, `notices` is the
+    port on which the proxy waits for `ProxyNotif`.
+    """
+    init, alloc = receiver_ports
+    arguments = [
+        "--host", "127.0.0.1", "--model", str(model), "--pd-buffer-size", str(BUFFER_BYTES),
+        "--prefiller-host", "127.0.0.1", "--prefiller-port", str(prefill.port),
+        "--decoder-host", "127.0.0.1", "--decoder-port", str(decode.port),
+        "--decoder-init-port", str(init), "--decoder-alloc-port", str(alloc),
+        "--proxy-host", "127.0.0.1", "--proxy-port", str(notices),
+    ]  # fmt: skip
+    program = [LMCACHE_PYTHON, install_examples() / "lmcache_proxy.py"]
+    with _running_example(program, arguments, "docs", logs) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _running_example(program: list[str | Path], arguments: list[str], path: str, logs: Path) -> Iterator[str]:
+    """Runs an example proxy inside the block. Yields its URL when it answers `path`."""
+    port, name = free_port(), Path(program[-1]).stem.replace("_", "-")
+    command = [*program, "--port", str(port), *arguments]
+    # The proxies send this key to the engines, and send the text "None" if there is no key.
+    process = Process(name, command, logs / f"{name}.log", {"OPENAI_API_KEY": "none"})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: answers(f"{url}/{path}"), process, START_BOUND_S)
+        yield url
+    finally:
+        process.stop()
+
+
 def prefill_leg(engine: Engine, tokens: list[int]) -> dict[str, object]:
     """Sends the prefill leg as vLLM's example proxy for NixlConnector. Returns the parameters in the answer."""
     params = {
@@ -60,9 +136,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], process: Process) -> None:
-    deadline = time.monotonic() + BOUND_S
+def until(condition: Callable[[], bool], process: Process, bound_s: float = BOUND_S) -> None:
+    deadline = time.monotonic() + bound_s
     while not condition():
         if not process.alive or time.monotonic() > deadline:
-            raise process.failure(f"not ready after {BOUND_S:g} s")
+            raise process.failure(f"not ready after {bound_s:g} s")
         time.sleep(0.05)
