@@ -27,6 +27,7 @@ from harness.routers import (
     prefill_leg,
     running_nixl_proxy,
     running_nixl_push_proxy,
+    running_sglang_router,
     running_vllm_router,
 )
 from harness.sidecar import BINARIES, ROOT
@@ -104,6 +105,25 @@ def vllm_router(routers: Path, fetching: Pair, logs: Path) -> Iterator[Router]:
 @pytest.mark.parametrize("tokens", [20, 300, 900])
 def test_vllm_router(vllm_router: Router, reference: Reference, tokens: int) -> None:
     vllm_router.move(prompt(tokens, seed=191), reference)
+
+
+def test_sglang_router_hands_nothing_over(routers: Path, pair: Pair, reference: Reference, logs: Path) -> None:
+    """The router sends both legs the whole request, and names the prefill engine in fields that only SGLang knows."""
+    question = {"model": "m", "prompt": "read a file, " * 40, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    expect = reference.post("/v1/completions", question)
+    tokens = expect["usage"]["prompt_tokens"]
+    before, prefilled = pair.decode.prompt_tokens(), pair.prefill.prompt_tokens()
+    generated = pair.prefill.metrics().sum("vllm:generation_tokens_total")
+    skipped = pair.decode.skipped().get("no_params", 0)
+    with running_sglang_router(routers, pair.prefill, pair.decode, logs) as url:
+        answer = post_json(f"{url}/v1/completions", question)
+    assert answer["choices"][0]["text"] == expect["choices"][0]["text"]
+    spent = pair.prompt_tokens_since(before, tokens)
+    assert (spent.computed, spent.external) == (tokens, 0), spent
+    assert pair.decode.skipped()["no_params"] == skipped + 1
+    # The prefill engine computes the same prompt, and the whole answer, too.
+    wait(lambda: (pair.prefill.prompt_tokens() - prefilled).computed == tokens)
+    wait(lambda: pair.prefill.metrics().sum("vllm:generation_tokens_total") - generated == 8)
 
 
 def test_an_engine_that_keeps_kv_idles(fetching: Pair) -> None:

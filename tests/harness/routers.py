@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from harness.client import call, post_json
@@ -43,6 +43,25 @@ def running_vllm_router(routers: Path, prefill: Engine, decode: Engine, logs: Pa
     url = f"http://127.0.0.1:{port}"
     try:
         until(lambda: answers(f"{url}/v1/models"), process)
+        yield url
+    finally:
+        process.stop()
+
+
+@contextlib.contextmanager
+def running_sglang_router(routers: Path, prefill: Engine, decode: Engine, logs: Path) -> Iterator[str]:
+    """Runs sglang-router in its mode for prefill and decode instances of SGLang, in front of two engines of vLLM."""
+    port = free_port()
+    command: list[str | Path] = [
+        routers / "python", "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
+        "--pd-disaggregation", "--prefill", prefill.url, "--decode", decode.url,
+        "--policy", "round_robin", "--prometheus-port", str(free_port()),
+    ]  # fmt: skip
+    process = Process("sglang-router", command, logs / "sglang-router.log")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        # The router has no worker until it has asked both engines for their properties.
+        until(lambda: answers(f"{url}/readiness"), process)
         yield url
     finally:
         process.stop()
@@ -104,7 +123,7 @@ def running_lmcache_proxy(
 
 
 @contextlib.contextmanager
-def _running_example(program: list[str | Path], arguments: list[str], path: str, logs: Path) -> Iterator[str]:
+def _running_example(program: Sequence[str | Path], arguments: list[str], path: str, logs: Path) -> Iterator[str]:
     """Runs an example proxy inside the block. Yields its URL when it answers `path`."""
     port, name = free_port(), Path(program[-1]).stem.replace("_", "-")
     command = [*program, "--port", str(port), *arguments]
