@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from harness.client import call, post_json
+from harness.client import call, get_json, post_json
 from harness.drop_in.forked import LMCACHE_PYTHON
 from harness.engine import Engine
 from harness.pair import BUFFER_BYTES
@@ -20,7 +20,7 @@ from harness.sidecar import ROOT
 ROUTERS = ROOT / "target" / "routers-venv"
 EXAMPLES = ROOT / "target" / "example-proxies"
 BOUND_S = 30.0
-# LMCache's proxy imports torch.
+# LMCache's proxy imports torch, and an engine collects facts about its machine.
 START_BOUND_S = 150.0
 
 
@@ -52,6 +52,10 @@ def running_vllm_router(routers: Path, prefill: Engine, decode: Engine, logs: Pa
 def running_sglang_router(routers: Path, prefill: Engine, decode: Engine, logs: Path) -> Iterator[str]:
     """Runs sglang-router in its mode for prefill and decode instances of SGLang, in front of two engines of vLLM."""
     port = free_port()
+    for engine in (prefill, decode):
+        # With VLLM_SERVER_DEV_MODE an engine answers this request of the router. The first answer can take longer than
+        # the ten seconds that the router waits.
+        get_json(f"{engine.url}/server_info", timeout_s=START_BOUND_S)
     command: list[str | Path] = [
         routers / "python", "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port),
         "--pd-disaggregation", "--prefill", prefill.url, "--decode", decode.url,
