@@ -6,16 +6,19 @@ The prefill engine keeps the KV, and the decode side's sidecar fetches the KV.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.client import Answer, complete, get_json, post_json
+from harness.client import Answer, complete, get_json, post, post_json
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.model import KV_BYTES_PER_TOKEN, write_model
 from harness.pair import BUFFER_BYTES, Pair, check_tokens
@@ -27,6 +30,7 @@ from harness.routers import (
     prefill_leg,
     running_nixl_proxy,
     running_nixl_push_proxy,
+    running_production_stack,
     running_sglang_router,
     running_vllm_router,
 )
@@ -34,6 +38,9 @@ from harness.sidecar import BINARIES, ROOT
 
 BOUND_S = 30.0
 TOKENS = 24
+
+# Command of the router of vLLM's production-stack, which is in no package registry. docs/routers.md has an example.
+PRODUCTION_STACK = os.environ.get("PD_TEST_PRODUCTION_STACK")
 
 # Maximum CPU use of an engine and its sidecar while KV is kept, in cores, and the seconds for which it is measured.
 IDLE_CORES = 0.06
@@ -262,6 +269,44 @@ def test_one_flag_behind_the_example_proxy_of_vllm(flagged: Flagged, logs: Path)
             flagged.move(
                 lambda ids: complete(url, ids, max_tokens=TOKENS, model="m").token_ids, prompt(tokens, seed=194)
             )
+
+
+@pytest.mark.own_engines
+@pytest.mark.skipif(PRODUCTION_STACK is None, reason="PD_TEST_PRODUCTION_STACK names no command of the router")
+def test_one_flag_behind_production_stack(flagged: Flagged, logs: Path) -> None:
+    assert PRODUCTION_STACK is not None
+    with running_production_stack(PRODUCTION_STACK, flagged.prefill, flagged.decode, logs) as url:
+        for tokens in (20, 900):
+            flagged.move(
+                lambda ids: complete(url, ids, max_tokens=TOKENS, model="m").token_ids, prompt(tokens, seed=197)
+            )
+
+
+@pytest.mark.own_engines
+def test_one_flag_behind_the_requests_of_llm_d(flagged: Flagged) -> None:
+    """Sends the requests of llm-d's sidecar, which is written in Go: `pkg/sidecar/proxy/connector_nixlv2.go` of
+    llm-d-router at commit ebab687927f5331c1b39defcb579a07951bce56c. Both legs have the same request id. The sidecar
+    decodes the prefill leg's answer into numbers of 64 bits with a fraction.
+    """
+    params = {
+        "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
+        "remote_host": None, "remote_port": None,
+    }  # fmt: skip
+    limits = {"max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 1}
+
+    def send(tokens: list[int]) -> list[int]:
+        name = {"x-request-id": str(uuid.uuid1())}
+        client = {"model": "m", "prompt": tokens, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        client["return_token_ids"] = True
+        first = {**client, **limits, "stream": False, "kv_transfer_params": params}
+        answer = json.loads(post(f"{flagged.prefill.url}/v1/completions", first, name), parse_int=float)
+        second = {**client, "kv_transfer_params": answer["kv_transfer_params"]}
+        told = json.loads(post(f"{flagged.decode.url}/v1/completions", second, name))
+        ids: list[int] = told["choices"][0]["token_ids"]
+        return ids
+
+    for tokens in (20, 900):
+        flagged.move(send, prompt(tokens, seed=198))
 
 
 @pytest.mark.own_engines

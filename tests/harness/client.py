@@ -78,6 +78,15 @@ def post_json(url: str, body: object, *, timeout_s: float = TIMEOUT_S) -> Any:
     return json.loads(text)
 
 
+def post(url: str, body: object, headers: dict[str, str], *, timeout_s: float = TIMEOUT_S) -> str:
+    """Sends one request with `body` as JSON and these headers. Returns the text of an answer with status 2xx."""
+    with _Exchange(url, body, headers=headers, timeout_s=timeout_s) as exchange:
+        text = exchange.response.read().decode(errors="replace")
+        if exchange.response.status // 100 != 2:
+            raise HttpError(exchange.response.status, text)
+        return text
+
+
 def complete(
     base: str,
     prompt: str | list[int],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import subprocess
 import sys
 import time
@@ -66,6 +67,28 @@ def running_sglang_router(routers: Path, prefill: Engine, decode: Engine, logs: 
     try:
         # The router has no worker until it has asked both engines for their properties.
         until(lambda: answers(f"{url}/readiness"), process)
+        yield url
+    finally:
+        process.stop()
+
+
+@contextlib.contextmanager
+def running_production_stack(command: str, prefill: Engine, decode: Engine, logs: Path) -> Iterator[str]:
+    """Runs the router of vLLM's production-stack inside the block, with the mode that hands KV over.
+
+    `command` starts the router without arguments, for example `python -m vllm_router.app`. Yields its URL.
+    """
+    port = free_port()
+    arguments = [
+        "--host", "127.0.0.1", "--port", str(port), "--service-discovery", "static",
+        "--static-backends", f"{prefill.url},{decode.url}", "--static-models", "m,m",
+        "--static-model-labels", "prefill,decode", "--prefill-model-labels", "prefill",
+        "--decode-model-labels", "decode", "--routing-logic", "disaggregated_prefill_orchestrated",
+    ]  # fmt: skip
+    process = Process("production-stack", [*shlex.split(command), *arguments], logs / "production-stack.log")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: answers(f"{url}/health"), process, START_BOUND_S)
         yield url
     finally:
         process.stop()
