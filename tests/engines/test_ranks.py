@@ -15,6 +15,7 @@ from harness.model import KV_BYTES_PER_TOKEN, write_model
 from harness.pair import Moved, Pair, PairOptions, check_tokens, pair_of
 from harness.progress import Progress
 from harness.prompts import prompt
+from harness.routers import prefill_leg
 from harness.sidecar import ROOT
 
 pytestmark = pytest.mark.own_engines
@@ -42,6 +43,8 @@ def started(logs: Path) -> Iterator[Pair]:
             # The eight processes of two engines may share two cores, so sidecars run late. Longer limits prevent a
             # timeout.
             "park_ms": 3000, "heartbeat_ms": 5000, "register_ms": 5000, "no_sender_ms": 20_000,
+            # For routers that name no receiver.
+            "fetch_port": 0,
         },
     )  # fmt: skip
     with pair_of(options, Progress()) as pair:
@@ -131,6 +134,26 @@ def test_prefix_on_the_decode_side(pair: Pair) -> None:
     move(pair, first)
     # The common part has 700 tokens; 640 are in whole blocks of 64.
     assert move(pair, second, cached=640).answer.token_ids == expect
+
+
+def test_a_router_that_names_no_receiver(pair: Pair) -> None:
+    """Each rank of the decode side fetches its part of the KV from the same rank of the prefill side."""
+    tokens = prompt(700, seed=86)
+    expect = alone(pair, tokens)
+    # The scheduler's half learns the ports of both ranks in a step.
+    pair.prefill.warm_up()
+    told = prefill_leg(pair.prefill, tokens)
+    pd = told["pd"]
+    assert isinstance(pd, dict)
+    assert len(set(pd["fetch_ports"])) == RANKS, pd
+    before = pair.decode.prompt_tokens()
+    answer = complete(pair.decode.url, tokens, max_tokens=TOKENS, request_id="no-receiver", kv_transfer_params=told)
+    assert answer.token_ids == expect
+    check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))
+    (name,) = {row["req"] for row in pair.receiver.records() if "no-receiver" in row["req"]}
+    check_ranks(pair, name, len(tokens))
+    # An idle engine frees the blocks of fetched KV with its next step.
+    pair.prefill.warm_up()
 
 
 def test_a_receiver_of_another_number_of_ranks_is_refused(pair: Pair) -> None:

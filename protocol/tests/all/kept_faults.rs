@@ -77,6 +77,59 @@ fn a_decode_request_that_comes_twice_is_served_once() {
     }
 }
 
+/// The KV of the first prefill request has no decode request. The other KV arrives nevertheless,
+/// although all KV together needs more slots than there are.
+#[test]
+fn a_prefill_request_that_is_sent_again_costs_the_lease_only() {
+    for seed in 0..20 {
+        let mut requests = kept_requests(6);
+        for request in requests.iter_mut().step_by(2) {
+            request.park = Park::Never;
+        }
+        let outcome = run(&Plan {
+            seed,
+            send_slots: 2,
+            land_slots: 2,
+            ..plan(requests)
+        });
+        assert_eq!((outcome.delivered, outcome.pushed), (4, 4), "{outcome:?}");
+    }
+}
+
+/// The router sends the decode request again, because the client of the first one is gone or the
+/// first one's engine has died.
+#[test]
+fn a_decode_request_that_is_sent_again_after_an_abort_or_a_death() {
+    let mut delivered = 0;
+    for ms in (0..400).step_by(10) {
+        let mut aborted = kept_requests(4);
+        for request in &mut aborted {
+            request.abort_after_ms = Some(ms);
+            request.twice_ms = Some(200);
+        }
+        run(&Plan {
+            seed: u64::from(ms),
+            ..plan(aborted)
+        });
+
+        let mut again = kept_requests(4);
+        for request in &mut again {
+            request.twice_ms = Some(600);
+        }
+        let outcome = run(&Plan {
+            seed: u64::from(ms),
+            faults: vec![(ms, Fault::KillDecode)],
+            ..plan(again)
+        });
+        delivered += outcome.delivered;
+        // The KV that is being fetched when the engine dies is lost; the second request is told so.
+        let told =
+            |r: &Reason| matches!(r, Reason::Unwanted | Reason::Duplicate | Reason::EngineGone);
+        assert!(outcome.failed.iter().all(told), "{ms} ms: {outcome:?}");
+    }
+    assert!(delivered >= 40 * 4, "{delivered} of 200");
+}
+
 #[test]
 fn loss_delay_and_duplication_of_fetches_cost_time_only() {
     let (mut delivered, mut failed) = (0, Vec::new());
