@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from harness.client import HttpError, complete
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.model import write_model
 from harness.ports import free_port
-from harness.process import ended_by_signals
+from harness.process import ended_by_signals, group_members
 from harness.progress import Progress
 from harness.prompts import prompt
 from harness.routers import install, prefill_leg, running_vllm_router
@@ -44,6 +45,9 @@ ABANDONED = int(os.environ.get("PD_CONTRACT_ABANDONED", "1000"))
 # NixlConnector's lease and our `keep_ms` are both 30 s by default.
 LEASE_S = 30.0
 LONGEST_S = 90.0
+IDLE_AFTER_S, IDLE_S = 15.0, 10.0
+# The Python of an environment with another version of vLLM, for the cell `other_version`.
+OTHER_PYTHON = os.environ.get("PD_CONTRACT_OTHER_PYTHON", "")
 CLIENTS = 4
 
 
@@ -166,9 +170,7 @@ def abandoned(side: Side, _: Path) -> None:
 
 
 def restarted(side: Side, programs: Path) -> None:
-    side.prefill.kill()
-    side.prefill.start()
-    wait_for((side.prefill,), Progress())
+    restart(side.prefill, side.prefill.options)
     with running_vllm_router(programs, side.prefill, side.decode, LOGS) as url:
         took, what = side.hand_over(url, side.prompt(SHORT))
     side.cells[f"first hand-over after the prefill engine was killed and restarted, {SHORT} tokens"] = (
@@ -191,11 +193,72 @@ def scaled_down(side: Side, _: Path) -> None:
     )
 
 
+def idle(side: Side, _: Path) -> None:
+    tokens = side.prompt(SHORT)
+    told = prefill_leg(side.prefill, tokens)
+    # After a step, vLLM's worker polls for the next step without a pause for some seconds.
+    time.sleep(IDLE_AFTER_S)
+    before = cpu_seconds(side.prefill)
+    time.sleep(IDLE_S)
+    used = {name: (after - before[name]) / IDLE_S for name, after in cpu_seconds(side.prefill).items()}
+    cores = ", ".join(f"{name} {value:.3f}" for name, value in used.items())
+    side.cells[f"cores that the prefill side uses while it keeps KV, over {IDLE_S:g} s"] = cores
+    side.hand_over(side.decode.url, tokens, told)
+
+
+def cpu_seconds(engine: Engine) -> dict[str, float]:
+    """Returns the CPU time that the engine's processes and the sidecar's process have used."""
+    seconds = {"engine": 0.0, "sidecar": 0.0}
+    for pid in group_members(engine.pid):
+        with contextlib.suppress(OSError):
+            name = "sidecar" if Path(f"/proc/{pid}/comm").read_text().strip() == "sidecar" else "engine"
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            seconds[name] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def other_block_size(side: Side, programs: Path) -> None:
+    with changed(side.decode, block_size=64), running_vllm_router(programs, side.prefill, side.decode, LOGS) as url:
+        took, what = side.hand_over(url, side.prompt(LONG))
+    side.cells[f"blocks of 32 tokens at prefill and 64 at decode, {LONG} tokens"] = f"{took:.3f} s, {what}"
+
+
+def other_version(side: Side, programs: Path) -> None:
+    if not OTHER_PYTHON:
+        return
+    with (
+        changed(side.prefill, python=OTHER_PYTHON),
+        running_vllm_router(programs, side.prefill, side.decode, LOGS) as url,
+    ):
+        took, what = side.hand_over(url, side.prompt(LONG))
+    side.cells[f"another version of vLLM at prefill, {LONG} tokens"] = f"{took:.3f} s, {what}"
+
+
+@contextlib.contextmanager
+def changed(engine: Engine, **changes: Any) -> Iterator[None]:
+    """Restarts an engine with other options inside the block, and with its earlier options afterwards."""
+    options = engine.options
+    try:
+        restart(engine, replace(options, **changes))
+        yield
+    finally:
+        restart(engine, options)
+
+
+def restart(engine: Engine, options: EngineOptions) -> None:
+    engine.kill()
+    engine.options = options
+    engine.start()
+    wait_for((engine,), Progress())
+
+
 def seconds(value: float | None) -> str:
     return f"more than {LONGEST_S:g} s" if value is None else f"{value:.0f} s"
 
 
-CELLS = (first_and_later, left_between_the_legs, abandoned, restarted, scaled_down)
+CELLS = (
+    first_and_later, idle, left_between_the_legs, abandoned, other_block_size, other_version, restarted, scaled_down,
+)  # fmt: skip
 
 
 def table(ours: Side, theirs: Side) -> str:

@@ -46,6 +46,8 @@ class EngineOptions:
     lora: dict[str, Path] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     more: Sequence[str] = ()
+    # The Python of another environment, with another version of vLLM; empty for the environment of the tests.
+    python: str = ""
 
 
 class Engine(Part):
@@ -64,7 +66,7 @@ class Engine(Part):
         assert self.process is None or not self.process.alive
         options = self.options
         command: list[str | Path] = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+            options.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server",
             "--model", options.model, "--served-model-name", "m",
             "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", "float32", "--enforce-eager",
