@@ -32,7 +32,7 @@ pub use inbox::{Frame, Inbox};
 pub use push::{Listener, Push};
 pub use requester::{RequestError, Requester};
 pub use router::{FromPeer, RouterServer};
-pub use subscriber::{Published, Replay, Subscriber};
+pub use subscriber::{MAX_EVENT_BYTES, Published, Replay, Subscriber};
 pub use traffic::Traffic;
 
 /// Maximum length of a message on an alloc port, in bytes. A request of 4096 keys (a million tokens

@@ -137,7 +137,7 @@ const END: u64 = u64::MAX;
 
 /// Maximum length of a message, in bytes. One step of an engine stores at most some 100,000 tokens, with at most 6
 /// bytes per token.
-const MAX_EVENT_BYTES: usize = 4 << 20;
+pub const MAX_EVENT_BYTES: usize = 4 << 20;
 
 /// Maximum number of received messages that wait. An engine sends at most one message per step.
 const EVENT_QUEUE: u32 = 256;

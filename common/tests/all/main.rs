@@ -7,6 +7,7 @@ mod exchange;
 mod floods;
 mod hostile;
 mod hostile_servers;
+mod publishers;
 mod silence;
 mod support;
 mod zmtp;

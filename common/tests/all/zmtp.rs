@@ -67,13 +67,18 @@ impl Peer {
         Self::greet(listener.accept().await?.0, hello).await
     }
 
-    async fn greet(stream: TcpStream, hello: Hello<'_>) -> Result<Self> {
-        let mut peer = Self {
+    /// Makes a peer of a connection without a handshake.
+    pub fn raw(stream: TcpStream) -> Self {
+        Self {
             stream,
             received: BytesMut::new(),
             theirs: Vec::new(),
             answers_heartbeats: true,
-        };
+        }
+    }
+
+    async fn greet(stream: TcpStream, hello: Hello<'_>) -> Result<Self> {
+        let mut peer = Self::raw(stream);
         peer.send_bytes(&hello.bytes()).await?;
         while peer.received.len() < GREETING_BYTES {
             peer.read().await?;
@@ -121,9 +126,26 @@ impl Peer {
         }
     }
 
+    /// Returns the next command that is no heartbeat.
+    pub async fn command(&mut self) -> Result<Vec<u8>> {
+        loop {
+            let (flags, body) = self.frame().await?;
+            if flags & COMMAND != 0 && !body.starts_with(b"\x04PING") {
+                return Ok(body);
+            }
+        }
+    }
+
     /// Waits until the other side has ended the connection. Drops the messages that come before the end.
     pub async fn closed(mut self) {
         while self.recv().await.is_ok() {}
+    }
+
+    /// Waits until the other side has ended the connection. Drops the bytes that come before the end.
+    pub async fn ended(&mut self) {
+        while self.read().await.is_ok() {
+            self.received.clear();
+        }
     }
 
     async fn frame(&mut self) -> Result<(u8, Vec<u8>)> {
