@@ -10,6 +10,7 @@ use serde::Deserialize;
 use crate::connectors::answer::FirstToken;
 use crate::openai::body::{Kind, RequestBody, kind};
 use crate::openai::endpoint::Endpoint;
+use crate::openai::tokenize;
 
 pub(crate) mod merge;
 pub(crate) mod stream;
@@ -52,24 +53,13 @@ pub(crate) fn can_express(body: &RequestBody, endpoint: Endpoint) -> bool {
     is_plain && body.sidecars_only(endpoint).is_none()
 }
 
-/// Returns the body of `POST /tokenize`; `None` if the prompt already consists of token ids.
+/// Returns the body of `POST /tokenize`; `None` if the prompt already consists of token ids, or if the endpoint's
+/// requests never continue after their first token.
 pub(crate) fn tokenize_body(body: &RequestBody, endpoint: Endpoint) -> Option<Bytes> {
-    let names: &[&str] = match endpoint {
-        Endpoint::Completions if token_ids(body).is_some() => return None,
-        Endpoint::Completions => &["model", "prompt", "add_special_tokens"],
-        Endpoint::Chat => &[
-            "model",
-            "messages",
-            "add_generation_prompt",
-            "continue_final_message",
-            "add_special_tokens",
-            "chat_template",
-            "chat_template_kwargs",
-        ],
-        // These requests never continue after their first token.
-        Endpoint::Messages | Endpoint::Responses | Endpoint::Passed(_) => return None,
-    };
-    Some(body.only(names))
+    if endpoint == Endpoint::Completions && token_ids(body).is_some() {
+        return None;
+    }
+    tokenize::body_of(body, endpoint)
 }
 
 /// Returns the token ids of an answer to `POST /tokenize`, as JSON; `None` if the answer has no token

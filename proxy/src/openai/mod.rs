@@ -13,4 +13,5 @@ pub(crate) mod passed;
 pub(crate) mod prompt_hash;
 pub(crate) mod request_id;
 pub(crate) mod sse;
+pub(crate) mod tokenize;
 pub(crate) mod usage;

@@ -6,6 +6,7 @@ use crate::fleet::instance::Instance;
 use crate::openai::body::RequestBody;
 use crate::openai::endpoint::Endpoint;
 use crate::openai::prompt_hash::Prompt;
+use crate::openai::tokenize;
 
 /// A question for the tokens of a prompt.
 #[derive(Debug)]
@@ -27,24 +28,13 @@ impl Question {
         prompt: &Prompt,
         instance: &Instance,
     ) -> Option<Self> {
-        let names: &[&str] = match endpoint {
-            Endpoint::Completions => &["model", "prompt", "add_special_tokens"],
-            Endpoint::Chat => &[
-                "model",
-                "messages",
-                "add_generation_prompt",
-                "continue_final_message",
-                "add_special_tokens",
-                "chat_template",
-                "chat_template_kwargs",
-                "tools",
-            ],
-            Endpoint::Messages | Endpoint::Responses | Endpoint::Passed(_) => return None,
-        };
         let is_plain = body.fallback(endpoint).is_none() && body.sidecars_only(endpoint).is_none();
-        is_plain.then(|| Self {
+        let body = is_plain
+            .then(|| tokenize::body_of(body, endpoint))
+            .flatten()?;
+        Some(Self {
             url: instance.http.join("/tokenize"),
-            body: body.only(names),
+            body,
             prompt: prompt.clone(),
         })
     }
