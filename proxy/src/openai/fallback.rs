@@ -33,9 +33,9 @@ pub enum Fallback {
     PrefillDied,
     /// The prefill instance answered with an error that is not the request's fault.
     PrefillError,
-    /// The prefill engine refused a request with fields that this proxy does not know. The client's
-    /// request may be valid: the leg differs from the client's request, because the leg asks for one
-    /// token.
+    /// The prefill engine refused a stream, or a request with fields that this proxy does not know. A
+    /// single vLLM may answer otherwise: the leg differs from the client's request, because the leg asks
+    /// for one token and is not streamed.
     PrefillRefused,
     /// The prefill instance was too busy.
     PrefillBusy,

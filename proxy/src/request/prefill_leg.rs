@@ -93,7 +93,11 @@ impl Drive {
         });
         match end {
             PrefillEnd::Answered(prefilled) => self.prefill_answered(context, prefilled),
-            PrefillEnd::Refused(answer) if context.is_prefilling() && self.body.has_unknown() => {
+            // The decode engine may accept fields that this proxy does not know. And it refuses a stream in the form
+            // that the client expects: with a status, or with an event in a stream.
+            PrefillEnd::Refused(answer)
+                if context.is_prefilling() && (self.body.has_unknown() || self.body.streams()) =>
+            {
                 let (why, status) = (Fallback::PrefillRefused, answer.head.status.as_u16());
                 warn!(id = %context.id, prefill = self.prefill_id(), status, "prefill leg refused");
                 self.app.metrics.leg_failed(Leg::Prefill(why));

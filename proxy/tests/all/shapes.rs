@@ -27,6 +27,23 @@ async fn a_field_of_a_newer_engine_is_judged_by_the_decode_engine() {
     pair.d.only();
 }
 
+/// A single vLLM refuses some streams with a status, and others with an event in a stream of status 200. Only the decode
+/// leg is a stream, so only the decode engine gives the right form.
+#[tokio::test]
+async fn a_refused_stream_has_the_decode_engines_form() {
+    let rig = Rig::start(&[]).await;
+    let pair = rig.pair().await;
+    let refusal = json!({"error": {"message": "the prompt is empty", "code": 400}});
+    pair.p.on_prefill(Reply::Json(400, refusal.clone()));
+    let event = format!("data: {refusal}\n\ndata: [DONE]\n\n");
+    pair.d
+        .on_decode(Reply::Stream(vec![event.clone()], Then::End));
+    let body = json!({"model": "m", "prompt": [[]], "stream": true});
+    let answer = rig.client.post(COMPLETIONS, &body).await;
+    assert_eq!((answer.status.as_u16(), answer.text()), (200, event));
+    assert_eq!(pair.d.only().json(), body);
+}
+
 #[tokio::test]
 async fn usage_tells_what_the_prefill_engine_had_cached() {
     let rig = Rig::start(&[]).await;
