@@ -1,0 +1,1 @@
+"""The differential suite: requests that one plain vLLM and the proxy must answer alike."""
