@@ -99,6 +99,7 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         self._partition = _partition(vllm_config, self._options.ranks, consumer=self._consumer)
         self._config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
+        self._rules = table_rules(self._groups, vllm_config.cache_config.block_size)
         self._num_blocks: int = kv_cache_config.num_blocks
         self._stats = Stats()
         self._scheduler: Scheduler | None = None
@@ -155,6 +156,7 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         self._of_scheduler.keeping.pool = kv_cache_manager.block_pool
+        self._of_scheduler.local_cache.bind(kv_cache_manager)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         metadata = self._of_scheduler.step(scheduler_output)
@@ -257,8 +259,21 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         )
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
-        """Returns all groups: vLLM need not write zeros into the blocks that a load fills."""
-        return tuple(range(len(self._groups)))
+        """Returns no group: vLLM must write zeros into the blocks that a load fills, because a load does not write the
+        tokens beyond the last one or before a window. Blocks pass from group to group, so these places can contain
+        bytes that are no numbers in another dtype, and attention multiplies them by 0, which is no number either.
+
+        vLLM writes the zeros before it gives the connector the step that starts the load.
+        """
+        return ()
+
+    @property
+    def supports_divergent_local_hybrid_hits(self) -> bool:
+        """True if a load restores the states, so that the engine may use its own KV up to a later token than its own
+        states. A load always restores the state of the position at which the engine resumes. The same is not true for
+        windows.
+        """
+        return self._consumer and all(rule.is_state or not rule.is_partial for rule in self._rules)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         sent, results = self._finish()
@@ -315,7 +330,7 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
             producer=self._producer,
             consumer=self._consumer,
             ranks=self._partition.ranks,
-            tables=table_rules(self._groups, self._config.cache_config.block_size),
+            tables=self._rules,
             keep=KeepPolicy(
                 self._config.kv_transfer_config.engine_id or "",
                 self._options.keep_ms,

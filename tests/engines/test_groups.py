@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from harness.client import Answer
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.hybrids import WINDOW, write_hybrid
-from harness.pair import Moved, Pair, PairOptions, pair_of
+from harness.pair import Pair, PairOptions, pair_of
 from harness.process import ended_by_signals
 from harness.progress import Progress
 from harness.prompts import prompt
@@ -22,6 +23,8 @@ from harness.reference import Reference
 from harness.sidecar import CHUNK_TOKENS, ROOT
 
 TOKENS = 16
+# The most probable tokens of each place, by number, with their log-probabilities.
+TOP = {"logprobs": 5, "return_tokens_as_token_ids": True}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Kind:
     state: int = 0
     """Bytes of one request's state."""
     groups: int = 2
+    near: float = 0.0
+    """Largest difference of log-probabilities that rounding explains. A model in float32 gives equal texts."""
+    dtype: str = "float32"
     more: tuple[str, ...] = ()
 
     def bytes(self, tokens: int, have: int = 0) -> int:
@@ -43,14 +49,35 @@ class Kind:
         window = min(tokens - have, WINDOW - 1)
         return (tokens - have) * self.full + window * self.window + self.state
 
+    def is_same(self, answer: Answer, expect: Answer) -> bool:
+        """Returns true if an answer is the expected one.
+
+        In bfloat16 the kernels for one token and for many tokens differ by rounding. So there, the texts may part at a
+        place where both tokens are about equally probable. Before this place, probabilities must be about equal, too.
+        """
+        if not self.near:
+            return answer.token_ids == expect.token_ids
+        for place, (own, right) in enumerate(zip(answer.top, expect.top, strict=True)):
+            token, best = (f"token_id:{each.token_ids[place]}" for each in (answer, expect))
+            if abs(own[token] - right.get(token, -99.0)) > self.near:
+                return False
+            if token != best:
+                return right[best] - right[token] <= self.near
+        return True
+
 
 LAYER = 2 * 2 * 32 * 4  # K and V of two heads of size 32, in float32
 MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
+GDN = 3 * 1024 * 2 + 4 * 128 * 128 * 4
+NEAR = 0.2
 NO_CACHE = ("--no-enable-prefix-caching",)
 KINDS = {
     "gpt-oss": Kind("gpt-oss", 2 * LAYER, window=2 * LAYER),
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
-    "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
+    "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4),
+    "granite4-uncached": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
+    "qwen3-next": Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16"),
+    "qwen3-next-uncached": Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16", more=NO_CACHE),
 }
 
 
@@ -63,37 +90,52 @@ class Side:
     reference: Reference
     spoil: Path
 
-    def check(self, tokens: list[int], moved: Moved, *, cached: int = 0, first: str = "decode") -> None:
-        """Asserts that the text is right, that the KV moved as computed, and that the decode side computed one."""
-        assert moved.answer.token_ids == self.reference.token_ids(tokens, max_tokens=TOKENS), len(tokens)
-        resumed = len(tokens) - 1 if first == "decode" else len(tokens)
-        assert (moved.tokens.cached, moved.tokens.external) == (cached, resumed - cached), moved.tokens
+    @property
+    def is_cached(self) -> bool:
+        """True if the engines have a prefix cache."""
+        return not self.kind.more
+
+    @property
+    def block_tokens(self) -> int:
+        """The number of tokens of a block of the decode engine's prefix cache; any number without a cache."""
+        return self.pair.decode.block_tokens() if self.is_cached else 64
+
+    def expect(self, tokens: list[int]) -> Answer:
+        return self.reference.answer(tokens, max_tokens=TOKENS, **TOP)
+
+    def move(self, tokens: list[int], *, cached: int = 0) -> list[int]:
+        """Hands a prompt over. Asserts that the text is right, that the KV moved as computed, and that the decode side
+        computed one token. Returns the answer's tokens.
+        """
+        moved = self.pair.move(tokens, max_tokens=TOKENS, **TOP)
+        assert self.kind.is_same(moved.answer, self.expect(tokens)), (len(tokens), moved.answer, self.expect(tokens))
+        resumed = len(tokens) - 1
+        assert (moved.tokens.cached, moved.tokens.external) == (cached, resumed - cached), (len(tokens), moved.tokens)
         assert moved.tokens.computed == 1, moved.tokens
         for record in (moved.sender, moved.receiver):
             assert (record["reason"], record["have_tokens"]) == (None, cached), record
             assert record["bytes"] == self.kind.bytes(resumed, cached), (len(tokens), record)
+        return moved.answer.token_ids
 
 
-FURTHER = [pytest.param("gemma3", marks=pytest.mark.models)]
+FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in ("gemma3", "granite4-uncached", "qwen3-next")]
 
 
-@pytest.fixture(scope="module", params=["gpt-oss", "granite4", *FURTHER])
+@pytest.fixture(scope="module", params=["gpt-oss", "granite4", "qwen3-next-uncached", *FURTHER])
 def side(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
     """Starts the pair and the plain instance of one model."""
     kind = KINDS[request.param]
     model = write_hybrid(ROOT / "target" / "hybrids" / kind.name, kind.name)
     spoil = tmp_path_factory.mktemp("spoil") / "group"
-    memory = ("--kv-cache-memory-bytes", str(256 << 20), *kind.more)
-    plain = Engine(
-        EngineOptions("plain " + kind.name, model, forked=True, more=("--no-enable-prefix-caching", *memory)), logs
-    )
+    more = ("--dtype", kind.dtype, "--kv-cache-memory-bytes", str(256 << 20), *kind.more)
+    plain = Engine(EngineOptions("plain " + request.param, model, forked=True, more=(*NO_CACHE, *more)), logs)
     options = PairOptions(
         model,
         logs,
         forked=True,
-        prefix=kind.name + "-",
-        more=memory,
-        buffer_bytes=64 * CHUNK_TOKENS * (kind.full + kind.window),
+        prefix=request.param + "-",
+        more=more,
+        buffer_bytes=64 * CHUNK_TOKENS * (kind.full + kind.window) + 8 * kind.state,
         sidecar_keys={"park_ms": 3000},
         decode_module="harness.spoiled",
         env={"PD_TEST_SPOIL": str(spoil)},
@@ -119,19 +161,18 @@ def fresh(side: Side) -> Iterator[None]:
 @pytest.mark.own_engines
 def test_lengths_around_the_window_and_the_blocks(side: Side) -> None:
     for n in (2, 33, 63, 64, 65, 66, 90, 97, 127, 128, 129, 200, 257, 258, 300, 511, 513, 1001):
-        tokens = prompt(n, seed=1000 + n)
-        side.check(tokens, side.pair.move(tokens, max_tokens=TOKENS))
+        side.move(prompt(n, seed=1000 + n))
 
 
 @pytest.mark.own_engines
 def test_the_text_depends_on_each_group(side: Side) -> None:
     tokens = prompt(300, seed=1)
-    expect = side.reference.token_ids(tokens, max_tokens=TOKENS)
     try:
         for group in range(side.kind.groups):
             side.spoil.write_text(str(group))
             side.pair.reset_prefix_caches()
-            assert side.pair.move(tokens, max_tokens=TOKENS).answer.token_ids != expect, group
+            answer = side.pair.move(tokens, max_tokens=TOKENS, **TOP).answer
+            assert not side.kind.is_same(answer, side.expect(tokens)), group
     finally:
         side.spoil.unlink()
 
@@ -140,8 +181,35 @@ def test_the_text_depends_on_each_group(side: Side) -> None:
 def test_eight_at_once(side: Side) -> None:
     prompts = [prompt(150 + 97 * i, seed=2000 + i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda tokens: side.pair.complete(tokens, max_tokens=TOKENS), prompts))
+        answers = list(pool.map(lambda tokens: side.pair.complete(tokens, max_tokens=TOKENS, **TOP), prompts))
     for tokens, answer in zip(prompts, answers, strict=True):
-        assert answer.token_ids == side.reference.token_ids(tokens, max_tokens=TOKENS), len(tokens)
+        assert side.kind.is_same(answer, side.expect(tokens)), len(tokens)
         record = side.pair.receiver.record(answer.headers["x-request-id"])
         assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(len(tokens) - 1)), record
+
+
+@pytest.mark.own_engines
+def test_a_second_turn_moves_only_what_is_new(side: Side) -> None:
+    """The decode side has whole blocks of the first turn. It has states of the first turn only at some block ends, but
+    the state that arrives replaces them.
+    """
+    block = side.block_tokens
+    # Each answer passes the end of a block. In a window, only the blocks after the first one are whole.
+    said = prompt(2 * block - 14, seed=3)
+    held = 0
+    for turn in range(3):
+        answer = side.move(said, cached=held // block * block if side.is_cached else 0)
+        held = len(said) + TOKENS - 1  # the last token of an answer is not computed
+        said = said + answer + prompt(2 * block - TOKENS, seed=30 + turn)
+
+
+@pytest.mark.own_engines
+def test_a_block_that_was_filled_in_part_is_not_used_again(side: Side) -> None:
+    """A load fills the first block of a window only from the window's begin. A prompt that shares the tokens up to this
+    block's end needs the other tokens, too.
+    """
+    block = side.block_tokens
+    first = prompt(3 * block - 1, seed=4)
+    side.move(first)
+    shared = 0 if side.kind.window or not side.is_cached else 2 * block
+    side.move(first[: 2 * block] + prompt(70, seed=5), cached=shared)

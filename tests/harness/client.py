@@ -30,6 +30,8 @@ class Answer:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    # For each token, the most probable tokens with their log-probabilities; empty unless the request asks for them.
+    top: list[dict[str, float]] = field(default_factory=list)
     # Seconds from sending the request to the first token, and to the end of the answer.
     first_s: float = 0.0
     total_s: float = 0.0
@@ -117,6 +119,7 @@ def complete(
                 answer.first_s = answer.first_s or time.perf_counter() - start
                 answer.text += choice["text"]
                 answer.token_ids += choice.get("token_ids") or []
+                answer.top += (choice.get("logprobs") or {}).get("top_logprobs") or []
                 answer.finish_reason = choice["finish_reason"] or answer.finish_reason
                 if on_text is not None:
                     on_text(choice["text"])

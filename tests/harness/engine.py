@@ -134,6 +134,11 @@ class Engine(Part):
         """Returns the share of the KV blocks that requests use, from 0 to 1."""
         return self.metrics().sum("vllm:kv_cache_usage_perc")
 
+    def block_tokens(self) -> int:
+        """Returns the number of tokens of a block, which vLLM enlarges for models with states."""
+        (size,) = self.metrics().by("vllm:cache_config_info", "block_size")
+        return int(size)
+
     def reset_prefix_cache(self) -> None:
         status, text = call(f"{self.url}/reset_prefix_cache", method="POST")
         assert status == 200, text

@@ -70,8 +70,9 @@ def qwen3_next() -> PretrainedConfig:
     """Three layers of a gated delta net, which have a state, for one of full attention."""
     from transformers import Qwen3NextConfig
 
+    # vLLM's CPU kernel for this layer reads bfloat16 only.
     return Qwen3NextConfig(
-        **COMMON,
+        **{**COMMON, "dtype": "bfloat16"},
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=128,

@@ -88,6 +88,11 @@ class Parts:
         return tuple(part.table for part in self.parts)
 
     @property
+    def block_tokens(self) -> tuple[int, ...]:
+        """For each group, the number of tokens of a block of its table; 0 for states."""
+        return tuple(0 if isinstance(part.pages, States) else part.pages.block_tokens for part in self.parts)
+
+    @property
     def device(self) -> torch.device:
         """The device of all tensors."""
         pages = self.parts[0].pages

@@ -32,6 +32,7 @@ from vllm.logger import init_logger
 from pd_sidecar.scheduler.adapters import Adapters
 from pd_sidecar.scheduler.eligibility import Skip, Transfer, family, transfer, unserved
 from pd_sidecar.scheduler.kept import Keeping, new_token
+from pd_sidecar.scheduler.local_cache import LocalCache
 from pd_sidecar.scheduler.metadata import CopyStart, LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.scheduled import scheduled, tables_now
 from pd_sidecar.scheduler.states import Load, LoadPhase, Push, PushPhase, Skipped
@@ -67,6 +68,7 @@ class Scheduler:
         self._next = StepMetadata()
         self._held = 0
         self.keeping = Keeping(role.keep)
+        self.local_cache = LocalCache(role.tables)
         self.unmoved = False
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 
@@ -121,6 +123,7 @@ class Scheduler:
             self._next.copy_starts.append(CopyStart(request.request_id, sources, own))
             self._stats.add("copied_tokens", external_tokens)
             return
+        self.local_cache.exclude_partial(request.request_id, state.have_tokens, state.pushed_tokens)
         logger.info(
             "Reqid: %s, Total tokens %d, Inference Engine computed tokens: %d, hit tokens: %d, need to load: %d",
             state.transfer.req,
@@ -257,6 +260,8 @@ class Scheduler:
                 len(wish.init_ports),
                 self._role.ranks,
             )
+        elif not wish.is_push and not self.local_cache.is_safe:
+            skip = Skip.KV_GROUPS
         elif skip is None and isinstance(adapter, Skip):
             skip = adapter
         elif skip is None and wish.written:

@@ -138,6 +138,9 @@ class Receiver:
             if pieces is None:
                 self._give_up(incoming, "bad_chunk")
                 return
+            if not all(map(self._rank.has_blocks, pieces)):
+                self._give_up(incoming, "no_block")
+                return
             incoming.missing.discard(chunk)
             if pieces:
                 self._ready.append((incoming, chunk, pieces))

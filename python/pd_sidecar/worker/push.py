@@ -370,9 +370,15 @@ class Sender:
         for outgoing in self._by_engine_id.values():
             if outgoing.over or outgoing.plan is None:
                 continue
-            for chunk, slot in outgoing.slots.items():
-                if outgoing.plan.needs(chunk) <= upto(outgoing):
-                    complete.append(Entry(outgoing, chunk, slot, self._pieces(outgoing, outgoing.plan, chunk, slot)))
+            own = [
+                Entry(outgoing, chunk, slot, self._pieces(outgoing, outgoing.plan, chunk, slot))
+                for chunk, slot in outgoing.slots.items()
+                if outgoing.plan.needs(chunk) <= upto(outgoing)
+            ]
+            if all(self._rank.has_blocks(piece) for entry in own for piece in entry.pieces):
+                complete += own
+            else:
+                self._give_up(outgoing, "no_block")
         return complete
 
     def _pieces(self, outgoing: Outgoing, plan: Plan, chunk: int, slot: int) -> list[Piece]:

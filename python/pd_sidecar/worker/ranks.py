@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 
 from pd_sidecar.kv import keys
 from pd_sidecar.kv.plan import Plan
+from pd_sidecar.scheduler.tables import NULL_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from pd_sidecar.kv.copier import Piece
     from pd_sidecar.sidecar.wire import Group
 
 
@@ -48,6 +50,8 @@ class Rank:
     """The groups of the layout; one full group if the layout names none."""
     tables: tuple[int, ...]
     """For each group, the index of the vLLM group that has its block table."""
+    block_tokens: tuple[int, ...]
+    """For each group, the number of tokens of a block of its table; 0 for states."""
     load_deadline_ms: int
     save_deadline_s: float
     layers: int
@@ -62,6 +66,19 @@ class Rank:
         """Returns the keys of a request's chunks, including the chunks of the state."""
         own = keys.keys(self.model, self.world_size, self.index, hashes, self.dtype, tags)
         return own + keys.state_keys(own, self.plan(tokens, 0).state_chunks)
+
+    def has_blocks(self, piece: Piece) -> bool:
+        """Returns false if the block table has no block for a token or for the state of a piece. vLLM replaces a block
+        by the null block when the block's tokens have left the window. Another request's KV is then in the block.
+        """
+        if not self.is_partial:
+            return True
+        size, (start, end) = self.block_tokens[piece.part], piece.tokens
+        if not size:
+            return piece.table.numel() > 0 and int(piece.table[-1]) != NULL_BLOCK
+        first, last = start // size, -(-end // size)
+        blocks = piece.table[first:last]
+        return blocks.numel() == last - first and bool((blocks != NULL_BLOCK).all())
 
     @property
     def is_partial(self) -> bool:

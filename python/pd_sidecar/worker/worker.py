@@ -118,6 +118,7 @@ class Worker:
             chunk_tokens=options.chunk_size,
             groups=parts.groups,
             tables=parts.tables,
+            block_tokens=parts.block_tokens,
             load_deadline_ms=options.load_deadline_ms,
             save_deadline_s=options.save_deadline_ms / 1e3,
             layers=layout.layers,
