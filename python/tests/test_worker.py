@@ -41,7 +41,7 @@ class Rig:
             **more,
         )
         self.worker = Worker(
-            Parts.one(geometry(self.tensors, Hint(BLOCKS, BLOCK, HEADS, SIZE, False))),
+            self.parts(geometry(self.tensors, Hint(BLOCKS, BLOCK, HEADS, SIZE, False))),
             options,
             self.stats,
             engine="test",
@@ -50,6 +50,9 @@ class Rig:
             consumer=True,
         )
         self.wait_connected()
+
+    def parts(self, pages):
+        return Parts.one(pages)
 
     def wait_connected(self):
         self.until(lambda: all(link.client.connected for link in self.worker._links))

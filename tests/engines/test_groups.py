@@ -77,7 +77,9 @@ KINDS = {
     "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4),
     "granite4-uncached": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
     "qwen3-next": Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16"),
-    "qwen3-next-uncached": Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16", more=NO_CACHE),
+    "qwen3-next-uncached": Kind(
+        "qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16", more=NO_CACHE
+    ),
 }
 
 

@@ -43,7 +43,9 @@ def states(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], spec: A
     if len(spec.shapes) > 2 or (len(spec.shapes) == 2 and len(spec.shapes[0]) != 2):
         raise LayoutError(f"the connector does not move states of the shapes {spec.shapes}")
     if spec.mamba_type.name not in MOVED:
-        raise LayoutError(f"the connector does not move states of kind {spec.mamba_type.name}: not tested with an engine")
+        raise LayoutError(
+            f"the connector does not move states of kind {spec.mamba_type.name}: not tested with an engine"
+        )
     has_convolution = len(spec.shapes[0]) == 2
     names = sorted(tensors, key=_natural)
     layers = []
