@@ -99,7 +99,6 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         self._partition = _partition(vllm_config, self._options.ranks, consumer=self._consumer)
         self._config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
-        self._rules = table_rules(self._groups, vllm_config.cache_config.block_size)
         self._num_blocks: int = kv_cache_config.num_blocks
         self._stats = Stats()
         self._scheduler: Scheduler | None = None
@@ -168,9 +167,8 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         the workers made this report.
         """
         idle_report = getattr(connector_output, "kv_connector_worker_meta", None)
-        if isinstance(idle_report, IdleReport) and idle_report.unmoved:
-            self._of_scheduler.unmoved = True
         if isinstance(idle_report, IdleReport):
+            self._of_scheduler.unmoved |= idle_report.unmoved
             self._of_scheduler.keeping.learn(idle_report.fetch_ports, is_alone=idle_report.is_alone)
             self._of_scheduler.correct_answers()
         if (worker := self._neighbour()) is not None:
@@ -259,21 +257,16 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         )
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
-        """Returns no group: vLLM must write zeros into the blocks that a load fills, because a load does not write the
-        tokens beyond the last one or before a window. Blocks pass from group to group, so these places can contain
-        bytes that are no numbers in another dtype, and attention multiplies them by 0, which is no number either.
-
-        vLLM writes the zeros before it gives the connector the step that starts the load.
+        """Returns no group, so that vLLM zeroes the blocks of a load before it passes the step to the workers. A load
+        writes no tokens after its last one or before a window. These places may hold another group's bytes, which can
+        be NaN in this group's dtype, and attention multiplies them by 0.
         """
         return ()
 
     @property
     def supports_divergent_local_hybrid_hits(self) -> bool:
-        """True if a load restores the states, so that the engine may use its own KV up to a later token than its own
-        states. A load always restores the state of the position at which the engine resumes. The same is not true for
-        windows.
-        """
-        return self._consumer and all(rule.is_state or not rule.is_partial for rule in self._rules)
+        """True if vLLM may count tokens as cached without their states. A load brings a state, but no cached window."""
+        return self._consumer and not self._of_scheduler.local_cache.has_windows
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         sent, results = self._finish()
@@ -330,7 +323,7 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
             producer=self._producer,
             consumer=self._consumer,
             ranks=self._partition.ranks,
-            tables=self._rules,
+            tables=table_rules(self._groups, self._config.cache_config.block_size),
             keep=KeepPolicy(
                 self._config.kv_transfer_config.engine_id or "",
                 self._options.keep_ms,

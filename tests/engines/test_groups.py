@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -71,15 +71,14 @@ MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
 GDN = 3 * 1024 * 2 + 4 * 128 * 128 * 4
 NEAR = 0.2
 NO_CACHE = ("--no-enable-prefix-caching",)
+QWEN3_NEXT = Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16")
 KINDS = {
     "gpt-oss": Kind("gpt-oss", 2 * LAYER, window=2 * LAYER),
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
     "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4),
     "granite4-uncached": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
-    "qwen3-next": Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16"),
-    "qwen3-next-uncached": Kind(
-        "qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16", more=NO_CACHE
-    ),
+    "qwen3-next": QWEN3_NEXT,
+    "qwen3-next-uncached": replace(QWEN3_NEXT, more=NO_CACHE),
 }
 
 

@@ -31,6 +31,11 @@ class LocalCache:
             self._managers = managers
 
     @property
+    def has_windows(self) -> bool:
+        """True if a group has windows or chunks of local attention."""
+        return bool(self._windows)
+
+    @property
     def is_safe(self) -> bool:
         """False if this version of vLLM has other managers, so that a load could leave wrong blocks in the cache."""
         return not self._windows or bool(self._managers)

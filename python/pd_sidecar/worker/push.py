@@ -9,11 +9,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import torch
 from vllm.logger import init_logger
 
 from pd_sidecar.client import Ended, Granted, NotConnectedError
-from pd_sidecar.kv.copier import piece_of
 from pd_sidecar.sidecar.wire import Target, WireError
 from pd_sidecar.worker.event_slots import EventSlots
 from pd_sidecar.worker.push_state import (
@@ -29,8 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pd_sidecar.client import Client
-    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark, Piece
-    from pd_sidecar.kv.plan import Plan
+    from pd_sidecar.kv.copier import Copier, Device, Fence, Mark
     from pd_sidecar.scheduler.metadata import PushStart, PushStep, StepMetadata
     from pd_sidecar.scheduler.stats import Stats
     from pd_sidecar.worker.ranks import Rank
@@ -371,7 +368,7 @@ class Sender:
             if outgoing.over or outgoing.plan is None:
                 continue
             own = [
-                Entry(outgoing, chunk, slot, self._pieces(outgoing, outgoing.plan, chunk, slot))
+                Entry(outgoing, chunk, slot, outgoing.pieces(outgoing.plan, chunk, slot, self._rank.tables))
                 for chunk, slot in outgoing.slots.items()
                 if outgoing.plan.needs(chunk) <= upto(outgoing)
             ]
@@ -380,15 +377,6 @@ class Sender:
             else:
                 self._give_up(outgoing, "no_block")
         return complete
-
-    def _pieces(self, outgoing: Outgoing, plan: Plan, chunk: int, slot: int) -> list[Piece]:
-        pieces = []
-        for part in plan.parts(chunk):
-            group = self._rank.tables[part.group]
-            if group not in outgoing.tensors:
-                outgoing.tensors[group] = torch.tensor(outgoing.tables[group], dtype=torch.int64)
-            pieces.append(piece_of(part, slot, outgoing.tensors[group]))
-        return pieces
 
     def _settle(self) -> None:
         """Tells the sidecar which gathers have finished. The sidecar already knows the gathers that have an event."""

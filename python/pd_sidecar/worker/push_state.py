@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+import torch
 
-    import torch
+from pd_sidecar.kv.copier import piece_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
     from pd_sidecar.kv.copier import Fence, LayeredCopy, Piece
     from pd_sidecar.kv.plan import Plan
@@ -52,6 +54,16 @@ class Outgoing:
     """The time at which the engine finished the request. The engine holds the blocks until this worker reports the
     request.
     """
+
+    def pieces(self, plan: Plan, chunk: int, slot: int, tables: Sequence[int]) -> list[Piece]:
+        """Returns the parts of a chunk. `tables` has for each group of the layout the index of its vLLM group."""
+        pieces = []
+        for part in plan.parts(chunk):
+            group = tables[part.group]
+            if group not in self.tensors:
+                self.tensors[group] = torch.tensor(self.tables[group], dtype=torch.int64)
+            pieces.append(piece_of(part, slot, self.tensors[group]))
+        return pieces
 
 
 @dataclass(frozen=True)
