@@ -6,13 +6,14 @@ The bytes of each request are computed here from the model's sizes, not by the c
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from harness.client import Answer
+from harness.client import Answer, Stream, complete
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.hybrids import WINDOW, write_hybrid
 from harness.pair import Pair, PairOptions, pair_of
@@ -20,9 +21,12 @@ from harness.process import ended_by_signals
 from harness.progress import Progress
 from harness.prompts import prompt
 from harness.reference import Reference
+from harness.routers import prefill_leg
 from harness.sidecar import CHUNK_TOKENS, ROOT
+from harness.traffic import Traffic
 
 TOKENS = 16
+BOUND_S = 20.0
 # The most probable tokens of each place, by number, with their log-probabilities.
 TOP = {"logprobs": 5, "return_tokens_as_token_ids": True}
 
@@ -104,12 +108,13 @@ class Side:
     def expect(self, tokens: list[int]) -> Answer:
         return self.reference.answer(tokens, max_tokens=TOKENS, **TOP)
 
-    def move(self, tokens: list[int], *, cached: int = 0) -> list[int]:
+    def move(self, tokens: list[int], *, cached: int = 0, max_tokens: int = TOKENS) -> list[int]:
         """Hands a prompt over. Asserts that the text is right, that the KV moved as computed, and that the decode side
         computed one token. Returns the answer's tokens.
         """
-        moved = self.pair.move(tokens, max_tokens=TOKENS, **TOP)
-        assert self.kind.is_same(moved.answer, self.expect(tokens)), (len(tokens), moved.answer, self.expect(tokens))
+        moved = self.pair.move(tokens, max_tokens=max_tokens, **TOP)
+        expect = self.reference.answer(tokens, max_tokens=max_tokens, **TOP)
+        assert self.kind.is_same(moved.answer, expect), (len(tokens), moved.answer, expect)
         resumed = len(tokens) - 1
         assert (moved.tokens.cached, moved.tokens.external) == (cached, resumed - cached), (len(tokens), moved.tokens)
         assert moved.tokens.computed == 1, moved.tokens
@@ -137,7 +142,7 @@ def side(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.Te
         prefix=request.param + "-",
         more=more,
         buffer_bytes=64 * CHUNK_TOKENS * (kind.full + kind.window) + 8 * kind.state,
-        sidecar_keys={"park_ms": 3000},
+        sidecar_keys={"park_ms": 3000, "fetch_port": 0},
         decode_module="harness.spoiled",
         env={"PD_TEST_SPOIL": str(spoil)},
     )
@@ -163,6 +168,12 @@ def fresh(side: Side) -> Iterator[None]:
 def test_lengths_around_the_window_and_the_blocks(side: Side) -> None:
     for n in (2, 33, 63, 64, 65, 66, 90, 97, 127, 128, 129, 200, 257, 258, 300, 511, 513, 1001):
         side.move(prompt(n, seed=1000 + n))
+
+
+@pytest.mark.own_engines
+def test_each_residue_of_the_block_size(side: Side) -> None:
+    for n in range(130, 194):
+        side.move(prompt(n, seed=3000 + n), max_tokens=4)
 
 
 @pytest.mark.own_engines
@@ -214,3 +225,75 @@ def test_a_block_that_was_filled_in_part_is_not_used_again(side: Side) -> None:
     side.move(first)
     shared = 0 if side.kind.window or not side.is_cached else 2 * block
     side.move(first[: 2 * block] + prompt(70, seed=5), cached=shared)
+
+
+@pytest.mark.own_engines
+def test_a_router_that_names_no_receiver(side: Side) -> None:
+    pair = side.pair
+    for n in (2, 64, 129, 300, 1001):
+        tokens = prompt(n, seed=5000 + n)
+        before = pair.decode.prompt_tokens()
+        told = prefill_leg(pair.prefill, tokens)
+        answer = complete(pair.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told, **TOP)
+        assert side.kind.is_same(answer, side.expect(tokens)), n
+        spent = pair.prompt_tokens_since(before, n)
+        assert (spent.cached, spent.external, spent.computed) == (0, n - 1, 1), spent
+        # The sidecars know the request by the decode engine's id.
+        record = pair.receiver.records()[-1]
+        assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(n - 1)), record
+    # An idle engine frees the blocks of fetched KV with its next step.
+    pair.prefill.warm_up()
+
+
+@pytest.mark.own_engines
+@pytest.mark.parametrize("side", ["gpt-oss", "granite4"], indirect=True)
+def test_the_first_token_from_the_prefill_engine(side: Side) -> None:
+    """The prefill side computes the whole prompt, and the decode side resumes after it."""
+    pair, gave = side.pair, 0
+    with pair.proxy.flags("--first-token", "prefill"):
+        pair.wait_sidecars()
+        for n in (2, 64, 65, 128, 129, 300, 513, 600):
+            tokens = prompt(n, seed=6000 + n)
+            before = pair.decode.prompt_tokens()
+            with pair.proxy.recorded(moved=True) as records:
+                text = streamed(pair.proxy.url, tokens)
+            assert text == streamed(side.reference.engine.url, tokens), n
+            spent = pair.prompt_tokens_since(before, n)
+            given = spent.external + spent.cached + spent.computed - n
+            resumed = n - 1 + given
+            assert (spent.external, spent.computed) == (resumed, 1), (n, spent)
+            assert records[0]["moved"]["bytes"] == side.kind.bytes(resumed), (n, records)
+            gave += given
+    pair.wait_sidecars()
+    assert gave, "no first token could be shown by itself"
+
+
+@pytest.mark.own_engines
+@pytest.mark.parametrize("victim", ["sender", "receiver"])
+@pytest.mark.parametrize("side", ["granite4"], indirect=True)
+def test_a_killed_sidecar_never_changes_a_text(side: Side, victim: str) -> None:
+    pair, sidecar = side.pair, getattr(side.pair, victim)
+    with Traffic(pair, clients=4, seed=71 if victim == "sender" else 72, bound_s=BOUND_S) as traffic:
+        traffic.wait_for(6)
+        killed = time.monotonic()
+        sidecar.kill()
+        traffic.wait_for(6)
+        sidecar.start()
+        pair.wait_sidecars()
+        back = time.monotonic()
+        traffic.wait_for(6)
+    for result in traffic.results:
+        if result.answer is not None:
+            expect = side.reference.token_ids(result.prompt, max_tokens=len(result.answer.token_ids))
+            assert result.answer.token_ids == expect, len(result.prompt)
+        else:
+            assert result.began + result.seconds >= killed and result.began <= back, result.error
+    pair.wait_empty()
+    side.move(prompt(700, seed=73))
+
+
+def streamed(url: str, tokens: list[int]) -> str:
+    """Returns the text of a stream that asks for nothing else."""
+    body = {"prompt": tokens, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+    with Stream(f"{url}/v1/completions", body) as stream:
+        return "".join(choice["text"] for event in stream for choice in event["choices"])
