@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from pd_sidecar.kv.copier import piece_of
 from pd_sidecar.kv.layout import Hint, LayoutError, geometry
@@ -14,6 +16,7 @@ from pd_sidecar.kv.parts import GroupPart, Parts, _check_alignment
 from pd_sidecar.kv.parts_copy import PartsCopier
 from pd_sidecar.kv.plan import Plan
 from pd_sidecar.kv.states import States
+from pd_sidecar.kv.states import states as states_of
 
 CHUNK, WINDOW, BLOCKS = 32, 24, 40
 
@@ -114,3 +117,17 @@ def test_groups_that_would_begin_at_an_odd_byte_are_refused():
     )
     with pytest.raises(LayoutError, match="6 bytes of a token"):
         _check_alignment([odd, GroupPart(1, "full", pages("floats", 1, 4))])
+
+
+def test_states_of_kinds_that_are_not_tested_or_that_vllm_itself_spoils_are_refused():
+    def spec(kind, mode):
+        shapes, dtypes = ((3, 6), (2, 5)), (torch.float32, torch.float32)
+        return MambaSpec(16, shapes, dtypes, mamba_type=MambaAttentionBackendEnum[kind], mamba_cache_mode=mode)
+
+    tensors = {"state.0": [torch.zeros(BLOCKS, 3, 6), torch.zeros(BLOCKS, 2, 5)]}
+    for kind, mode in (("GDN_ATTN", "none"), ("GDN_ATTN", "align"), ("MAMBA2", "none")):
+        assert states_of(tensors, spec(kind, mode)).names == ("state.0",)
+    with pytest.raises(LayoutError, match="--no-enable-prefix-caching"):
+        states_of(tensors, spec("MAMBA2", "align"))
+    with pytest.raises(LayoutError, match="kind MAMBA1"):
+        states_of(tensors, spec("MAMBA1", "none"))

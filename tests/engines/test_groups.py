@@ -72,15 +72,15 @@ class Kind:
 
 LAYER = 2 * 2 * 32 * 4  # K and V of two heads of size 32, in float32
 MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
-GDN = 3 * 1024 * 2 + 4 * 128 * 128 * 4
+GDN = (3 * 1024 + 4 * 128 * 128) * 2
 NEAR = 0.2
 NO_CACHE = ("--no-enable-prefix-caching",)
 QWEN3_NEXT = Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16")
 KINDS = {
     "gpt-oss": Kind("gpt-oss", 2 * LAYER, window=2 * LAYER),
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
-    "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4),
-    "granite4-uncached": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
+    # vLLM's kernel for Mamba 2 on CPUs has no states for a prefix cache.
+    "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
     "qwen3-next": QWEN3_NEXT,
     "qwen3-next-uncached": replace(QWEN3_NEXT, more=NO_CACHE),
 }
@@ -124,10 +124,10 @@ class Side:
         return moved.answer.token_ids
 
 
-FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in ("gemma3", "granite4-uncached", "qwen3-next")]
+FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in ("gemma3", "qwen3-next-uncached")]
 
 
-@pytest.fixture(scope="module", params=["gpt-oss", "granite4", "qwen3-next-uncached", *FURTHER])
+@pytest.fixture(scope="module", params=["gpt-oss", "granite4", "qwen3-next", *FURTHER])
 def side(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
     """Starts the pair and the plain instance of one model."""
     kind = KINDS[request.param]

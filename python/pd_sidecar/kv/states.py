@@ -55,6 +55,11 @@ def states(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], spec: A
             raise LayoutError(f"{name}: states of {[tuple(t.shape) for t in own]} do not fit {spec.shapes}")
         if any(tensor.device.type != "cpu" for tensor in own):
             raise LayoutError(f"{name}: this version moves states in host memory only, not on {own[0].device}")
+        if spec.mamba_cache_mode != "none" and spec.mamba_type.name in UNCACHED:
+            raise LayoutError(
+                "vLLM's own kernel for Mamba 2 on CPUs keeps wrong states in the prefix cache, with or without a "
+                "connector: set --no-enable-prefix-caching on both sides"
+            )
         if has_convolution and _is_channels_first():
             own[0] = own[0].transpose(1, 2)
         layers.append(tuple(own))
@@ -85,3 +90,8 @@ def _is_channels_first() -> bool:
 
 MOVED = ("MAMBA2", "GDN_ATTN")
 """The kinds of states whose hand-over is tested with an engine."""
+UNCACHED = ("MAMBA2",)
+"""The kinds of states that vLLM 0.32 cannot keep in a prefix cache on CPUs. With a prefix cache vLLM expects that the
+kernel also returns the state at the last block's end. The CPU's kernel returns only the last state. Then the engine
+ends with an `IndexError`, or keeps the state of another position.
+"""
