@@ -131,3 +131,5 @@ def test_states_of_kinds_that_are_not_tested_or_that_vllm_itself_spoils_are_refu
         states_of(tensors, spec("MAMBA2", "align"))
     with pytest.raises(LayoutError, match="kind MAMBA1"):
         states_of(tensors, spec("MAMBA1", "none"))
+    with pytest.raises(LayoutError, match="speculative decoding"):
+        states_of(tensors, replace(spec("MAMBA2", "none"), num_speculative_blocks=2))

@@ -138,8 +138,9 @@ def _layout(part: GroupPart, model: str, chunk_tokens: int) -> wire.Layout:
     pages = part.pages
     if isinstance(pages, Geometry):
         return pages.layout(model, chunk_tokens)
-    shapes = "; ".join(f"{name} {shape}" for name, shape in pages.shapes)
-    dtype = pages.layers[0][0].dtype
+    # Of a gated delta net's state, vLLM's kernels for CPUs and for GPUs store keys and values in different orders.
+    device, dtype = pages.layers[0][0].device, pages.layers[0][0].dtype
+    shapes = "; ".join([*(f"{name} {shape}" for name, shape in pages.shapes), device.type])
     return wire.Layout(
         model,
         DTYPE_NAMES.get(dtype, str(dtype)),

@@ -46,6 +46,8 @@ def states(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], spec: A
         raise LayoutError(
             f"the connector does not move states of kind {spec.mamba_type.name}: not tested with an engine"
         )
+    if spec.num_speculative_blocks:
+        raise LayoutError("the connector does not move states beside speculative decoding: not tested with an engine")
     has_convolution = len(spec.shapes[0]) == 2
     names = sorted(tensors, key=_natural)
     layers = []
