@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.client import Answer, Stream, complete
@@ -28,7 +29,7 @@ from harness.traffic import Traffic
 TOKENS = 16
 BOUND_S = 20.0
 # The most probable tokens of each place, by number, with their log-probabilities.
-TOP = {"logprobs": 5, "return_tokens_as_token_ids": True}
+TOP: dict[str, Any] = {"logprobs": 5, "return_tokens_as_token_ids": True}
 
 
 @dataclass(frozen=True)
