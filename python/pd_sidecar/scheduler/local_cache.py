@@ -41,15 +41,21 @@ class LocalCache:
         return not self._windows or bool(self._managers)
 
     def exclude_partial(self, engine_id: str, have_tokens: int, tokens: int) -> None:
-        """Excludes the blocks that a load up to token `tokens` fills only in part. `have_tokens` tokens are here
+        """Excludes the block that a load up to token `tokens` fills only in part. `have_tokens` tokens are here
         already. Call this when the blocks are allocated: vLLM puts them into the cache when the load is over.
         """
         for index in self._windows:
             manager, block_tokens = self._managers[index], self._rules[index].block_tokens
             first = max(have_tokens, manager.get_num_skipped_tokens(tokens))
-            if first % block_tokens:
+            block = first // block_tokens
+            # The block may stay if the shortest prefix that needs the block does not need the missing tokens. A shorter
+            # prefix needs a block before this one, and these are null blocks.
+            shortest = (block + 1) * block_tokens
+            while manager.get_num_skipped_tokens(shortest) // block_tokens < block:
+                shortest += block_tokens
+            if manager.get_num_skipped_tokens(shortest) < first:
                 cached = manager.num_cached_block
-                cached[engine_id] = max(cached.get(engine_id, 0), first // block_tokens + 1)
+                cached[engine_id] = max(cached.get(engine_id, 0), block + 1)
 
 
 def _is_known(manager: Any) -> bool:
