@@ -172,6 +172,7 @@ def test_lengths_around_the_window_and_the_blocks(side: Side) -> None:
 
 
 @pytest.mark.own_engines
+@pytest.mark.models
 def test_each_residue_of_the_block_size(side: Side) -> None:
     for n in range(130, 194):
         side.move(prompt(n, seed=3000 + n), max_tokens=4)
