@@ -74,7 +74,7 @@ class Kind:
 LAYER = 2 * 2 * 32 * 4  # K and V of two heads of size 32, in float32
 MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
 GDN = (3 * 1024 + 4 * 128 * 128) * 2
-NEAR = 0.2
+NEAR = 0.3
 NO_CACHE = ("--no-enable-prefix-caching",)
 QWEN3_NEXT = Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16")
 KINDS = {
@@ -256,14 +256,19 @@ def test_the_first_token_from_the_prefill_engine(side: Side) -> None:
         for n in (2, 64, 65, 128, 129, 300, 513, 600):
             tokens = prompt(n, seed=6000 + n)
             before = pair.decode.prompt_tokens()
-            with pair.proxy.recorded(moved=True) as records:
+            with pair.proxy.recorded() as records:
                 text = streamed(pair.proxy.url, tokens)
             assert text == streamed(side.reference.engine.url, tokens), n
             spent = pair.prompt_tokens_since(before, n)
             given = spent.external + spent.cached + spent.computed - n
-            resumed = n - 1 + given
-            assert (spent.external, spent.computed) == (resumed, 1), (n, spent)
-            assert records[0]["moved"]["bytes"] == side.kind.bytes(resumed), (n, records)
+            if given:
+                assert (spent.external, spent.computed) == (n, 1), (n, spent)
+                record = pair.proxy.record(records[0]["id"], moved=True)
+                assert record["moved"]["bytes"] == side.kind.bytes(n), (n, record)
+            else:
+                # The first token is half a character, so the decode side gives it. The decode side computes the prompt,
+                # because the window or the state of the prefill side is one token too far.
+                assert (spent.external, spent.computed) == (0, n), (n, spent)
             gave += given
     pair.wait_sidecars()
     assert gave, "no first token could be shown by itself"

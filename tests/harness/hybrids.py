@@ -78,8 +78,9 @@ def qwen3_next() -> PretrainedConfig:
         linear_key_head_dim=128,
         linear_value_head_dim=128,
         linear_conv_kernel_dim=4,
+        # Each token uses all experts: a choice between experts would turn a rounding error into another text.
         num_experts=4,
-        num_experts_per_tok=2,
+        num_experts_per_tok=4,
         moe_intermediate_size=64,
         shared_expert_intermediate_size=64,
         layer_types=["linear_attention"] * 3 + ["full_attention"],
@@ -113,7 +114,7 @@ MODELS = {"gpt-oss": gpt_oss, "gemma3": gemma3, "qwen3-next": qwen3_next, "grani
 
 def write_hybrid(folder: Path, model_name: str, std: float = 0.1) -> Path:
     """Writes the model `model_name` into `folder`, unless the folder contains it already, and returns the folder."""
-    done = folder / "done-2"
+    done = folder / "done-3"
     if not done.exists():
         from transformers import AutoModelForCausalLM
 
@@ -128,6 +129,9 @@ def write_hybrid(folder: Path, model_name: str, std: float = 0.1) -> Path:
             if name.endswith("A_log"):
                 # The default forgets a token after one or two more, so a lost state would hardly change a text.
                 torch.nn.init.uniform_(weights, -5.0, -2.0)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                # The default weighs all tokens about equally, so that no single token would matter.
+                torch.nn.init.constant_(weights, 2.0)
         model.save_pretrained(folder)
         done.touch()
     return folder
