@@ -97,6 +97,7 @@ def fresh(drafted: Drafted) -> Iterator[None]:
 
 
 @pytest.mark.own_engines
+@pytest.mark.models
 def test_the_draft_of_another_shape_guesses_as_well_as_without_a_hand_over(drafted: Drafted) -> None:
     ours, plain = drafted.accepted(LENGTHS, seed=900)
     assert plain > TOKENS
@@ -104,6 +105,7 @@ def test_the_draft_of_another_shape_guesses_as_well_as_without_a_hand_over(draft
 
 
 @pytest.mark.own_engines
+@pytest.mark.models
 def test_without_its_kv_the_draft_guesses_worse(drafted: Drafted) -> None:
     drafted.spoil.write_text(str(DRAFT_GROUP))
     try:
