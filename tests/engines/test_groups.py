@@ -181,12 +181,14 @@ def test_each_residue_of_the_block_size(side: Side) -> None:
 @pytest.mark.own_engines
 def test_the_text_depends_on_each_group(side: Side) -> None:
     tokens = prompt(300, seed=1)
+    # The loss of a group changes probabilities by more than a third of what rounding may change in a long answer.
+    strict = replace(side.kind, near=side.kind.near / 3)
     try:
         for group in range(side.kind.groups):
             side.spoil.write_text(str(group))
             side.pair.reset_prefix_caches()
             answer = side.pair.move(tokens, max_tokens=TOKENS, **TOP).answer
-            assert not side.kind.is_same(answer, side.expect(tokens)), group
+            assert not strict.is_same(answer, side.expect(tokens)), group
     finally:
         side.spoil.unlink()
 
