@@ -59,8 +59,8 @@ def states(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], spec: A
             raise LayoutError(f"{name}: this version moves states in host memory only, not on {own[0].device}")
         if spec.mamba_cache_mode != "none" and spec.mamba_type.name in UNCACHED:
             raise LayoutError(
-                "vLLM's own kernel for Mamba 2 on CPUs keeps wrong states in the prefix cache, with or without a "
-                "connector: set --no-enable-prefix-caching on both sides"
+                "vLLM's own kernel for Mamba 2 on CPUs does not return the states that vLLM's prefix cache needs: set "
+                "--no-enable-prefix-caching on both sides"
             )
         if has_convolution and _is_channels_first():
             own[0] = own[0].transpose(1, 2)
