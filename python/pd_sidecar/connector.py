@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -350,9 +351,14 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         ours = {**lmcache.variables(extra), "PD_SIDECAR_RANKS": str(ranks), "PD_SIDECAR_SPAWNED": "1"}
         if not self._both or not own_sidecar.is_wanted(extra):
             return Child(command, logger, lambda: ours)
-        device = current_platform.device_type
+        platform, environ = current_platform, {**os.environ, **ours}
         own = {**ours, "PD_SIDECAR_SPAWNED": own_sidecar.SPAWNED}
-        return Child(command, logger, lambda: {**own_sidecar.variables(ranks, device), **own})
+
+        def variables() -> dict[str, str | None]:
+            found = own_sidecar.variables(ranks, platform.device_type, platform.get_device_uuid, environ)
+            return {**found, **own}
+
+        return Child(command, logger, variables)
 
     def _make_worker(self, kv_caches: dict[str, torch.Tensor]) -> Worker | DisabledWorker:
         work: dict[str, Any] = {
@@ -370,8 +376,6 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
                 self._writers,
             )
             parts = parts.quantized(self._quantization)
-            if not parts.is_one and parts.device.type != "cpu":
-                raise LayoutError(f"KV with several groups is on {parts.device}; it is moved in host memory only")
             if not parts.is_one and self._partition.ranks != self._partition.workers:
                 raise LayoutError(
                     f"KV with {len(parts.parts)} groups of layers cannot be divided into {self._partition.ranks} ranks "

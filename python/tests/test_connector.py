@@ -18,6 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from pd_sidecar import connector as module
 from pd_sidecar.connector import PdSidecarConnector
+from pd_sidecar.options import own_sidecar
 from pd_sidecar.options.config import ConfigError
 from pd_sidecar.sidecar import wire
 
@@ -325,6 +326,25 @@ def test_an_engine_of_both_roles_starts_its_sidecar_without_further_options(monk
     assert (variables["LMCACHE_PD_PEER_HOST"], variables["PD_SIDECAR_RANKS"]) == ("127.0.0.1", "2")
     # The user's variable reaches the sidecar by the environment.
     assert "LMCACHE_PD_BUFFER_SIZE" not in variables
+
+
+def test_an_own_sidecar_sees_the_gpus_of_both_sides():
+    def uuids(rank):
+        return f"GPU-{rank}"
+
+    environ = {"CUDA_VISIBLE_DEVICES": "1"}
+    found = own_sidecar.variables(2, "cuda", uuids, environ)
+    assert (found["LMCACHE_PD_BUFFER_DEVICE"], found["CUDA_VISIBLE_DEVICES"]) == ("cuda:GPU-0,cuda:GPU-1", None)
+    # Numbers of GPUs depend on the visible GPUs, so with numbers the sidecar sees what the engine sees.
+    found = own_sidecar.variables(1, "cuda", uuids, {**environ, "LMCACHE_PD_BUFFER_DEVICE": "cuda:0"})
+    assert not {"LMCACHE_PD_BUFFER_DEVICE", "CUDA_VISIBLE_DEVICES"} & found.keys()
+
+    def none(rank):
+        raise RuntimeError("no NVML")
+
+    found = own_sidecar.variables(1, "cuda", none, environ)
+    assert found["LMCACHE_PD_BUFFER_DEVICE"] == "cuda" and "CUDA_VISIBLE_DEVICES" not in found
+    assert "CUDA_VISIBLE_DEVICES" not in own_sidecar.variables(1, "cpu", uuids, environ)
 
 
 @pytest.mark.parametrize(("role", "after"), [("kv_both", "recompute"), ("kv_producer", "fail")])

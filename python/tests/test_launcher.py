@@ -51,6 +51,16 @@ def test_is_started_again(monkeypatch, caplog):
     child.stop()
 
 
+def test_variables_are_added_and_removed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PD_TEST_ONE", "1")
+    told = tmp_path / "told"
+    script = f"echo ${{PD_TEST_ONE-none}} $PD_TEST_TWO > {told}.new; mv {told}.new {told}; sleep 100"
+    child = Child(["sh", "-c", script], LOGGER, lambda: {"PD_TEST_ONE": None, "PD_TEST_TWO": "2"})
+    until(told.exists)
+    assert told.read_text() == "none 2\n"
+    child.stop()
+
+
 def test_a_killed_parent_takes_it_along(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(

@@ -14,9 +14,10 @@ import aiohttp
 from harness.engine import Engine
 from harness.ports import free_port
 from harness.process import Part
+from harness.sidecar import BINARIES, ROOT
 
 from gpu.setting import Setting
-from gpu.stacks import REQUEST_S, Handover, Ours, Plain, Stack, joined, once, other_push, stream
+from gpu.stacks import REQUEST_S, Handover, Ours, Plain, Stack, joined, once, other_push, stream, with_path
 
 
 class _TwoEngines:
@@ -35,7 +36,43 @@ class _TwoEngines:
         """Returns at once, because there are no processes besides the engines to wait for."""
 
 
-class Nixl(_TwoEngines):
+class _ByRouter(_TwoEngines):
+    """Two engines that a router drives with NixlConnector's contract: the prefill leg names no receiver, and its answer
+    goes into the decode leg. The client itself makes both calls, so that no router's time is part of the figures.
+    """
+
+    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
+        began = time.perf_counter()
+        ask: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+        ask |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+        answer = await once(session, self.prefill.url, prompt, ask)
+        between = time.perf_counter() - began
+        result = await stream(
+            session, self.decode.url, prompt, tokens, began=began, kv_transfer_params=answer["kv_transfer_params"]
+        )
+        result.parts["prefill_leg_s"] = between
+        return result
+
+
+class OneFlag(_ByRouter):
+    """Two engines of this project without any setting besides the connector. Each of them starts its own sidecar."""
+
+    name = "ours by router"
+
+    def __init__(self, setting: Setting) -> None:
+        transfer = {
+            "kv_connector": "PdSidecarConnector",
+            "kv_connector_module_path": "pd_sidecar.connector",
+            "kv_role": "kv_both",
+        }
+        env = {"PYTHONPATH": with_path(ROOT / "python"), "PD_SIDECAR_BINARY": str(BINARIES / "sidecar")}
+        sides = (
+            setting.engine(f"one flag {name}", side, transfer, env) for side, name in enumerate(("prefill", "decode"))
+        )
+        super().__init__(*sides)
+
+
+class Nixl(_ByRouter):
     """Two engines with vLLM's own connector, and the two calls that vLLM's proxies make."""
 
     name = "nixl"
@@ -58,18 +95,6 @@ class Nixl(_TwoEngines):
                 for side, name in enumerate(("prefill", "decode"))
             )
         )
-
-    async def complete(self, session: aiohttp.ClientSession, prompt: list[int], tokens: int) -> Handover:
-        began = time.perf_counter()
-        ask: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
-        ask |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
-        answer = await once(session, self.prefill.url, prompt, ask)
-        between = time.perf_counter() - began
-        result = await stream(
-            session, self.decode.url, prompt, tokens, began=began, kv_transfer_params=answer["kv_transfer_params"]
-        )
-        result.parts["prefill_leg_s"] = between
-        return result
 
 
 class LmCache(_TwoEngines):
@@ -159,6 +184,7 @@ class LmCache(_TwoEngines):
 STACKS: dict[str, Callable[[Setting], Stack]] = {
     "plain": Plain,
     "ours": Ours,
+    "router": OneFlag,
     "nixl": Nixl,
     "lmcache": LmCache,
     "other": other_push,

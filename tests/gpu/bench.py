@@ -299,8 +299,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "target" / "gpu-bench", help="folder for the results and logs"
     )
-    stacks = f"stacks to measure, with commas: {', '.join(STACKS)} (other is ours with another --push)"
-    usual = [name for name in STACKS if name != "other"]
+    stacks = (
+        f"stacks to measure, with commas: {', '.join(STACKS)} (other is ours with another --push, router is ours with "
+        "the contract of other projects' routers)"
+    )
+    usual = [name for name in STACKS if name not in ("other", "router")]
     parser.add_argument("--stacks", type=words, default=usual, help=stacks)
     parser.add_argument(
         "--steps", type=words, default=list(STEPS), help=f"steps to run, with commas: {', '.join(STEPS)}"

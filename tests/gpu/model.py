@@ -26,6 +26,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 128,
     },
+    # Windows in all layers, as in Mistral 7B v0.1.
+    "windows": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "sliding_window": 384,
+    },
     # The attention of DeepSeek-V2-Lite. No layer is a mixture of experts, but vLLM requires the number of experts.
     "mla": {
         "architectures": ["DeepseekV2ForCausalLM"],

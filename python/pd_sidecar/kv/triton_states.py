@@ -68,7 +68,7 @@ def _move_states(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a tensor is copied. Tensors of the same kind share a launch."""
+    """The way in which a tensor is copied. Tensors of the same kind share a launch."""
 
     unit: int
     """The bytes of an element for the kernel."""

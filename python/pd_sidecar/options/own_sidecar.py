@@ -14,11 +14,13 @@ from pd_sidecar.client import SOCKET_VARIABLE, default_socket
 from pd_sidecar.options import lmcache
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 HOST_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 """The variable of vLLM that names the address at which other instances reach this instance's KV."""
 INSECURE_VARIABLE = "PD_SIDECAR_INSECURE"
+DEVICE_VARIABLE = "LMCACHE_PD_BUFFER_DEVICE"
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 LOOPBACK = "127.0.0.1"
 SPAWNED = "alone"
 """The value of `PD_SIDECAR_SPAWNED` for a sidecar that removes all its files when it ends: the engine has a new id at
@@ -58,11 +60,13 @@ def problem(environ: Mapping[str, str] = os.environ) -> str | None:
     )
 
 
-def variables(ranks: int, device: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Returns the environment variables that configure the sidecar, with ports that are free now. Variables that the
-    environment sets already are left out.
+def variables(
+    ranks: int, device: str, uuid: Callable[[int], str], environ: Mapping[str, str] = os.environ
+) -> dict[str, str | None]:
+    """Returns the environment variables that configure the sidecar, with ports that are free now; `None` removes a
+    variable. Variables that the environment sets already are left out.
 
-    `device` is the type of the engine's device, as in PyTorch.
+    `device` is the type of the engine's device, as in PyTorch. `uuid` returns the UUID of the GPU of a rank.
     """
     host = _host(environ)
     ports = [str(port) for port in _free_ports(host, 2 * ranks)]
@@ -71,11 +75,25 @@ def variables(ranks: int, device: str, environ: Mapping[str, str] = os.environ) 
         "LMCACHE_PD_PEER_INIT_PORT": ",".join(ports[:ranks]),
         "LMCACHE_PD_PEER_ALLOC_PORT": ",".join(ports[ranks:]),
         "LMCACHE_PD_BUFFER_SIZE": BUFFER_SIZE,
-        "LMCACHE_PD_BUFFER_DEVICE": "cuda" if device == "cuda" else "cpu",
+        DEVICE_VARIABLE: _buffer_device(ranks, device, uuid),
         "PD_SIDECAR_FETCH_PORT": "0",
         "PD_SIDECAR_ADMIN": f"{LOOPBACK}:0",
     }
-    return {name: value for name, value in values.items() if not environ.get(name)}
+    found: dict[str, str | None] = {name: value for name, value in values.items() if not environ.get(name)}
+    if (found.get(DEVICE_VARIABLE) or "").startswith("cuda:"):
+        # An engine sees only its own GPUs. A sidecar must see the GPU of the other side, too, to copy into it. A UUID
+        # names the same GPU whichever GPUs are visible.
+        found[VISIBLE_VARIABLE] = None
+    return found
+
+
+def _buffer_device(ranks: int, device: str, uuid: Callable[[int], str]) -> str:
+    if device != "cuda":
+        return "cpu"
+    try:
+        return ",".join(f"cuda:{uuid(rank)}" for rank in range(ranks))
+    except Exception:  # noqa: BLE001 - vLLM's ways to find a UUID fail in many ways, for example without NVML
+        return "cuda"
 
 
 def _host(environ: Mapping[str, str]) -> str:

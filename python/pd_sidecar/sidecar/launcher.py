@@ -1,8 +1,8 @@
 """Runs the sidecar as a child of the engine: `"sidecar": "spawn"` in the connector's options.
 
-The child inherits the engine's environment, so one command line sets `UCX_TLS`, `CUDA_VISIBLE_DEVICES` and
-`LMCACHE_CONFIG_FILE` for both. If the child ends, the engine starts it again after a growing pause, and the connector
-connects again. The child ends with the engine: `stop` ends it, and if the engine is killed, the kernel ends it.
+The child inherits the engine's environment, so one command line sets `UCX_TLS` and `LMCACHE_CONFIG_FILE` for both. If
+the child ends, the engine starts it again after a growing pause, and the connector connects again. The child ends with
+the engine: `stop` ends it, and if the engine is killed, the kernel ends it.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ class Child:
         self,
         command: Sequence[str],
         logger: logging.Logger,
-        variables: Callable[[], Mapping[str, str]] | None = None,
+        variables: Callable[[], Mapping[str, str | None]] | None = None,
     ) -> None:
-        """Starts the sidecar, with the variables that `variables` returns added to this process's environment. Each
-        start asks again, because another process may have taken a free port since the last start.
+        """Starts the sidecar, with the variables that `variables` returns added to this process's environment; `None`
+        removes a variable. Each start asks again, because another process may have taken a free port since the last
+        start.
 
         Raises `OSError` if the sidecar cannot be started at all.
         """
@@ -94,10 +95,11 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         parent = os.getpid()
+        environ = {**self._environ, **self._variables()}
         # Keep the sidecar in the engine's session, so that a signal to the engine's group also ends the sidecar.
         process = subprocess.Popen(
             self._command,
-            env={**self._environ, **self._variables()},
+            env={name: value for name, value in environ.items() if value is not None},
             preexec_fn=lambda: _end_with(parent),  # noqa: PLW1509
         )
         self._logger.info("sidecar started as process %d: %s", process.pid, self._command)
