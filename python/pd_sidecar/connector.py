@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.core.sched import output
 from vllm.v1.request import RequestStatus
 
 from pd_sidecar.kv.keys import ChunkHasher
@@ -34,6 +32,7 @@ from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer
 from pd_sidecar.kv.parts import parts_of
 from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache, own_sidecar
+from pd_sidecar.options.versions import CacheHitSource, SupportsGroups, TransferResults
 from pd_sidecar.scheduler.kept import KeepPolicy
 from pd_sidecar.scheduler.metadata import DisabledNotice, FetchNotice, IdleReport, StepMetadata
 from pd_sidecar.scheduler.scheduler import Scheduler
@@ -52,24 +51,12 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.config.kv_transfer import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-
-# vLLM 0.24 does not have this class. With that version the worker reports a failed load by its blocks.
-TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
-try:
-    from vllm.v1.metrics.cache_hit_source import CacheHitSource
-except ImportError:
-    CacheHitSource = None
-
-# With several groups a failed load must be reported by its request, and the tables must be known in each step. On a GPU
-# this version moves only one group. Without the declaration vLLM makes one group of windows and full attention.
-SupportsGroups: Any = object
-if TransferResults is not None and hasattr(output, "KVConnectorBlockState") and current_platform.is_cpu():
-    SupportsGroups = base.SupportsHMA
 
 logger = init_logger("vllm.pd_sidecar.connector")
 
@@ -227,7 +214,7 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
             return FetchNotice(ports) if ports else None
         return DisabledNotice() if isinstance(self._worker, DisabledWorker) else None
 
-    def bind_connector_metadata(self, connector_metadata: base.KVConnectorMetadata) -> None:
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None and isinstance(connector_metadata, StepMetadata):
             self._worker.begin(connector_metadata)
@@ -330,6 +317,7 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
                 self._options.keep_ms,
                 int(self._num_blocks * self._options.keep_share),
             ),
+            has_prefix_cache=bool(self._config.cache_config.enable_prefix_caching),
         )
         hasher = ChunkHasher(self._options.hash_algorithm, self._options.chunk_size)
         return Scheduler(role, hasher, self._stats)

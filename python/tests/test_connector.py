@@ -42,7 +42,7 @@ def config(extra=None, *, role="kv_both", policy="recompute", layers=None, **par
             engine_id="engine",
         ),
         model_config=SimpleNamespace(model="m"),
-        cache_config=SimpleNamespace(block_size=BLOCK),
+        cache_config=SimpleNamespace(block_size=BLOCK, enable_prefix_caching=True),
         compilation_config=SimpleNamespace(static_forward_context=layers or {}),
         parallel_config=SimpleNamespace(
             **{"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "world_size": 1, **parallel}

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheConfig, KVCacheGroupSpec, get_req
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
-from pd_sidecar.connector import SupportsGroups
+from pd_sidecar.options.versions import SupportsGroups
 from pd_sidecar.scheduler.local_cache import LocalCache
 from pd_sidecar.scheduler.tables import TableRule, table_rules
 
@@ -29,7 +29,7 @@ class Engine:
             KVCacheGroupSpec(["window"], SlidingWindowSpec(**sizes, sliding_window=WINDOW)),
         ]
         self.manager = KVCacheManager(KVCacheConfig(200, [], groups), 4096, BLOCK, BLOCK)
-        self.cache = LocalCache(table_rules(groups, BLOCK))
+        self.cache = LocalCache(table_rules(groups, BLOCK), is_on=True)
         self.cache.bind(self.manager)
 
     def request(self, name, tokens):
@@ -89,7 +89,12 @@ def test_the_prefix_that_ends_with_a_load_stays_in_the_cache():
 
 
 def test_a_vllm_with_other_managers_loads_no_windows():
-    windows, full = (LocalCache([TableRule(BLOCK, is_partial=is_partial)]) for is_partial in (True, False))
+    windows, full = (LocalCache([TableRule(BLOCK, is_partial=is_partial)], is_on=True) for is_partial in (True, False))
     windows.bind(object())
     assert not windows.is_safe
     assert full.is_safe
+    # Without a prefix cache no block can be found by another prompt.
+    uncached = LocalCache([TableRule(BLOCK, is_partial=True)], is_on=False)
+    uncached.bind(object())
+    assert uncached.is_safe
+    uncached.exclude_partial("a", 0, 10)

@@ -8,7 +8,14 @@ from test_scheduler import BLOCK, Rig, load_params, push_params, request
 from pd_sidecar.scheduler.states import Role
 from pd_sidecar.scheduler.tables import TableRule
 
-WINDOWS = Role(producer=True, consumer=True, ranks=1, tables=(TableRule(BLOCK), TableRule(BLOCK, is_partial=True)))
+# Without a prefix cache the scheduler needs none of vLLM's managers.
+WINDOWS = Role(
+    producer=True,
+    consumer=True,
+    ranks=1,
+    tables=(TableRule(BLOCK), TableRule(BLOCK, is_partial=True)),
+    has_prefix_cache=False,
+)
 
 
 def test_a_window_is_prefilled_up_to_the_token_that_the_decode_side_computes():

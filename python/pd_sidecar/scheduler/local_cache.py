@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class LocalCache:
     """The managers of vLLM's groups, which decide what the prefix cache contains."""
 
-    def __init__(self, rules: Sequence[TableRule]) -> None:
+    def __init__(self, rules: Sequence[TableRule], *, is_on: bool) -> None:
+        self._is_on = is_on
         self._windows = [index for index, rule in enumerate(rules) if rule.is_partial and not rule.is_state]
         self._rules = rules
         self._managers: Sequence[Any] = ()
@@ -38,13 +39,13 @@ class LocalCache:
     @property
     def is_safe(self) -> bool:
         """False if this version of vLLM has other managers, so that a load could leave wrong blocks in the cache."""
-        return not self._windows or bool(self._managers)
+        return not self._is_on or not self._windows or bool(self._managers)
 
     def exclude_partial(self, engine_id: str, have_tokens: int, tokens: int) -> None:
         """Excludes the block that a load up to token `tokens` fills only in part. `have_tokens` tokens are here
         already. Call this when the blocks are allocated: vLLM puts them into the cache when the load is over.
         """
-        for index in self._windows:
+        for index in self._windows if self._managers else ():
             manager, block_tokens = self._managers[index], self._rules[index].block_tokens
             first = max(have_tokens, manager.get_num_skipped_tokens(tokens))
             block = first // block_tokens

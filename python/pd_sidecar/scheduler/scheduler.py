@@ -68,7 +68,7 @@ class Scheduler:
         self._next = StepMetadata()
         self._held = 0
         self.keeping = Keeping(role.keep)
-        self.local_cache = LocalCache(role.tables)
+        self.local_cache = LocalCache(role.tables, is_on=role.has_prefix_cache)
         self.unmoved = False
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 

@@ -113,6 +113,8 @@ class Role:
     """The meaning of the block tables, one for each of vLLM's KV cache groups."""
     keep: KeepPolicy | None = None
     """`None` if this engine keeps no KV for routers that name no receiver."""
+    has_prefix_cache: bool = True
+    """False if vLLM's prefix cache is off."""
 
     @property
     def block_tokens(self) -> int:
