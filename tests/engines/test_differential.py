@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from harness.differential.allowed import ALLOWED, reason
 from harness.differential.cases import CASES
 from harness.differential.run import Outcome, ask_both
@@ -16,6 +17,7 @@ from harness.reference import Reference
 SHOWN = 40
 
 
+@pytest.mark.skipif(os.environ.get("PD_TEST_DIFFERENTIAL") != "1", reason="on demand: PD_TEST_DIFFERENTIAL=1")
 def test_the_proxy_answers_as_one_vllm(pair: Pair, reference: Reference) -> None:
     cases = [case for case in CASES if case.quick or os.environ.get("PD_TEST_LONG") == "1"]
     moving = [case for case in cases if case.alone is None and not case.single]

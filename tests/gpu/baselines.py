@@ -65,7 +65,12 @@ class OneFlag(_ByRouter):
             "kv_connector_module_path": "pd_sidecar.connector",
             "kv_role": "kv_both",
         }
-        env = {"PYTHONPATH": with_path(ROOT / "python"), "PD_SIDECAR_BINARY": str(BINARIES / "sidecar")}
+        env = {
+            "PYTHONPATH": with_path(ROOT / "python"),
+            "PD_SIDECAR_BINARY": str(BINARIES / "sidecar"),
+            # The UCX_TLS of all stacks contains tcp.
+            "PD_SIDECAR_NIXL_OVER_TCP": "trusted",
+        }
         sides = (
             setting.engine(f"one flag {name}", side, transfer, env) for side, name in enumerate(("prefill", "decode"))
         )

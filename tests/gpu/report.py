@@ -14,6 +14,7 @@ TITLES = {
     "ours, first of prefill": "ours, `--first-token prefill`",
     "ours-step": "ours, `push: step`",
     "ours-auto": "ours, `push: auto`",
+    "ours by router": "ours, driven as by a router",
     "nixl": "NixlConnector",
     "lmcache": "LMCache PD",
 }
