@@ -7,6 +7,7 @@
 
 pub mod etcd;
 pub mod fd_limit;
+pub mod identity;
 pub mod kubernetes;
 pub mod origin;
 pub mod socket_owner;

@@ -8,6 +8,7 @@ mod floods;
 mod hostile;
 mod hostile_servers;
 mod publishers;
+mod identity;
 mod silence;
 mod support;
 mod zmtp;

@@ -1,0 +1,148 @@
+//! The file with a process's private key.
+//!
+//! Another user who reads the file can act as this process, and a user who can replace the file can make the process use
+//! a key that the user knows. So the file must belong to this process's user, nobody else may open it, and a symbolic
+//! link is refused: the owner of the link's folder decides where the link leads.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use ring::rand::SystemRandom;
+use ring::signature::{Ed25519KeyPair, KeyPair};
+use rustix::fs::{FileType, Mode, OFlags};
+use tokio_rustls::rustls::crypto::ring::sign::any_eddsa_type;
+use tokio_rustls::rustls::pki_types::PrivatePkcs8KeyDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::sign::SigningKey;
+
+use super::PublicKey;
+
+/// A private key with its public key.
+#[derive(Clone, Debug)]
+pub struct PrivateKey {
+    pub(super) signing: Arc<dyn SigningKey>,
+    public: PublicKey,
+}
+
+/// A key file that cannot be made or read. The text names the file and the cure.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}: {what}", .path.display())]
+pub struct KeyFileError {
+    path: PathBuf,
+    what: String,
+}
+
+/// Makes a key, writes it to a new file with mode 0600, and returns the public key.
+///
+/// # Errors
+/// The file exists already, or cannot be written.
+pub fn keygen(path: &Path) -> Result<PublicKey, KeyFileError> {
+    let error = |what: String| KeyFileError {
+        path: path.to_owned(),
+        what,
+    };
+    let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
+        .map_err(|_| error("the system gives no random numbers".to_owned()))?;
+    let pair = Ed25519KeyPair::from_pkcs8(pkcs8.as_ref())
+        .map_err(|e| error(format!("the new key is rejected: {e}")))?;
+    let public = public(&pair);
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // With EXCL the system follows no link and opens no file that another user has prepared.
+    let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
+    let mut file = File::from(file.map_err(|e| match std::io::Error::from(e).kind() {
+        ErrorKind::AlreadyExists => error(
+            "the file exists; keygen replaces no key, because peers would refuse the new key until their rosters \
+             have it: choose another path"
+                .to_owned(),
+        ),
+        _ => error(format!("cannot make the file: {e}")),
+    })?);
+    let written = file
+        .write_all(pem(pkcs8.as_ref()).as_bytes())
+        .and_then(|()| file.sync_all());
+    written.map_err(|e| {
+        // A file with half a key would only make the next keygen fail.
+        std::fs::remove_file(path).ok();
+        error(format!("cannot write the key: {e}"))
+    })?;
+    Ok(public)
+}
+
+impl PrivateKey {
+    /// Reads a key from its file.
+    ///
+    /// # Errors
+    /// The file cannot be opened, another user can read or replace it, or it has no Ed25519 key.
+    pub fn read(path: &Path) -> Result<Self, KeyFileError> {
+        let error = |what: String| KeyFileError {
+            path: path.to_owned(),
+            what,
+        };
+        // Without NONBLOCK, opening a FIFO would wait for ever.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
+            error(match e {
+                rustix::io::Errno::LOOP => "a symbolic link: name the key file itself".to_owned(),
+                rustix::io::Errno::NOENT => {
+                    format!("no such file: make a key with `keygen {}`", path.display())
+                }
+                e => format!("cannot open the key file: {e}"),
+            })
+        })?;
+        let stat = rustix::fs::fstat(&file).map_err(|e| error(format!("cannot stat: {e}")))?;
+        let me = rustix::process::geteuid().as_raw();
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(error("not a regular file: name a key file".to_owned()));
+        }
+        if stat.st_uid != me {
+            return Err(error(format!(
+                "it belongs to uid {}, but this process runs as uid {me}: chown the file",
+                stat.st_uid
+            )));
+        }
+        if stat.st_mode & 0o077 != 0 {
+            return Err(error(format!(
+                "other users may open it (mode {:04o}): chmod 600 the file",
+                stat.st_mode & 0o7777
+            )));
+        }
+        let mut text = Vec::new();
+        File::from(file)
+            .take(MAX_BYTES)
+            .read_to_end(&mut text)
+            .map_err(|e| error(format!("cannot read the key: {e}")))?;
+        let wrong =
+            || error("not a private Ed25519 key (PKCS#8, PEM): make one with `keygen`".to_owned());
+        let der = PrivatePkcs8KeyDer::from_pem_slice(&text).map_err(|_| wrong())?;
+        let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der.secret_pkcs8_der())
+            .map_err(|_| wrong())?;
+        Ok(Self {
+            signing: any_eddsa_type(&der).map_err(|_| wrong())?,
+            public: public(&pair),
+        })
+    }
+
+    /// Returns the public key.
+    pub fn public(&self) -> PublicKey {
+        self.public
+    }
+}
+
+fn public(pair: &Ed25519KeyPair) -> PublicKey {
+    let bytes = pair.public_key().as_ref();
+    PublicKey::new(bytes.try_into().expect("an Ed25519 key has 32 bytes"))
+}
+
+fn pem(der: &[u8]) -> String {
+    format!(
+        "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n",
+        STANDARD.encode(der)
+    )
+}
+
+/// Longest key file, in bytes. A key has about 200 bytes.
+const MAX_BYTES: u64 = 4096;

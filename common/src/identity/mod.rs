@@ -1,0 +1,215 @@
+//! The identity of this process and the list of all peers that it knows.
+//!
+//! A process has one Ed25519 key in a file. The roster lists the public keys of all processes, with a name, roles and
+//! hosts. A connection proves its key in the TLS handshake; the name of this key in the roster is the connection's
+//! *principal*. A name in a message proves nothing.
+//!
+//! The principal is the name and not the key, so that a process can change its key without losing its leases: while it
+//! does so, the roster has both keys under one name.
+
+mod file;
+mod key;
+mod roster;
+mod tls;
+
+use std::fmt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::{error, info};
+
+pub use self::file::{KeyFileError, PrivateKey, keygen};
+pub use self::key::{NotAKey, PublicKey};
+pub use self::roster::{Member, Role, Roster, RosterError};
+pub use self::tls::{Expected, Refusal, client, refusal, server};
+
+/// The rule for peers without a key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Auth {
+    /// No peer proves a key, and this process proves none.
+    #[default]
+    Off,
+    /// A peer that can prove a key must prove it. A peer that knows no keys is served without one. For migrations only:
+    /// an attacker on the path can make two peers believe that the other knows no keys.
+    Prefer,
+    /// Every peer must prove a key of the roster.
+    Require,
+}
+
+impl Auth {
+    /// Returns the mode's word in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Prefer => "prefer",
+            Self::Require => "require",
+        }
+    }
+}
+
+/// This process's key, and the roster. All clones share the same values.
+#[derive(Clone)]
+pub struct Identity {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    auth: Auth,
+    key_file: PathBuf,
+    roster_file: PathBuf,
+    key: RwLock<Arc<PrivateKey>>,
+    roster: watch::Sender<Arc<Roster>>,
+}
+
+impl Identity {
+    /// Reads the key and the roster. `auth` must not be [`Auth::Off`].
+    ///
+    /// # Errors
+    /// All mistakes, each with the file and the cure.
+    pub fn load(auth: Auth, key_file: &Path, roster_file: &Path) -> Result<Self, Vec<String>> {
+        let key = PrivateKey::read(key_file).map_err(|e| e.to_string());
+        let roster = Roster::read(roster_file).map_err(|e| e.to_string());
+        let (key, roster) = match (key, roster) {
+            (Ok(key), Ok(roster)) => (key, roster),
+            (key, roster) => return Err(key.err().into_iter().chain(roster.err()).collect()),
+        };
+        is_listed(&key, &roster, roster_file).map_err(|e| vec![e])?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                auth,
+                key_file: key_file.to_owned(),
+                roster_file: roster_file.to_owned(),
+                key: RwLock::new(Arc::new(key)),
+                roster: watch::Sender::new(Arc::new(roster)),
+            }),
+        })
+    }
+
+    /// Returns the rule for peers without a key.
+    pub fn auth(&self) -> Auth {
+        self.inner.auth
+    }
+
+    /// Returns the public key of this process.
+    pub fn public(&self) -> PublicKey {
+        self.private().public()
+    }
+
+    /// Returns the roster as it is now.
+    pub fn roster(&self) -> Arc<Roster> {
+        Arc::clone(&self.inner.roster.borrow())
+    }
+
+    /// Returns a receiver that notices each change of the roster.
+    pub fn changes(&self) -> watch::Receiver<Arc<Roster>> {
+        self.inner.roster.subscribe()
+    }
+
+    /// Returns this process's own entry in the roster; `None` if the present roster has none.
+    pub fn own(&self) -> Option<Member> {
+        self.roster().member(&self.public()).cloned()
+    }
+
+    fn private(&self) -> Arc<PrivateKey> {
+        let key = self.inner.key.read();
+        Arc::clone(&key.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Reads both files again when a file changes, and at each SIGHUP. A file with mistakes is logged, and the former
+    /// value stays in use: a slip in an editor must not disconnect a cluster. Runs until it is dropped.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn follow(self) {
+        let mut hangup = signal(SignalKind::hangup()).ok();
+        let mut before = self.marks();
+        loop {
+            let asked = async {
+                match &mut hangup {
+                    Some(hangup) => drop(hangup.recv().await),
+                    None => std::future::pending().await,
+                }
+            };
+            let asked = tokio::time::timeout(LOOK_EVERY, asked).await.is_ok();
+            let now = self.marks();
+            if asked || now != before {
+                before = now;
+                self.reread();
+            }
+        }
+    }
+
+    /// Reads both files again, once.
+    pub fn reread(&self) {
+        let files = (&self.inner.key_file, &self.inner.roster_file);
+        let key = PrivateKey::read(files.0).map_err(|e| e.to_string());
+        let roster = Roster::read(files.1).map_err(|e| e.to_string());
+        let read = key.and_then(|key| {
+            let roster = roster?;
+            is_listed(&key, &roster, files.1)?;
+            Ok((key, roster))
+        });
+        let (key, roster) = match read {
+            Ok(read) => read,
+            Err(mistakes) => {
+                error!("the former key and roster stay in use: {mistakes}");
+                return;
+            }
+        };
+        if key.public() != self.public() {
+            info!(key = %key.public(), "this process has a new key");
+        }
+        // New connections use the new key. Open connections have already proved the former key.
+        *self
+            .inner
+            .key
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
+        let roster = Arc::new(roster);
+        let changed = self.inner.roster.send_if_modified(|present| {
+            let changed = *present != roster;
+            *present = Arc::clone(&roster);
+            changed
+        });
+        if changed {
+            info!(keys = roster.len(), "the roster has changed");
+        }
+    }
+
+    /// Returns facts that change when one of the files is written or replaced.
+    fn marks(&self) -> [Option<(u64, u64, i64, i64)>; 2] {
+        [&self.inner.key_file, &self.inner.roster_file].map(|path| {
+            let file = std::fs::metadata(path).ok()?;
+            Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec()))
+        })
+    }
+}
+
+/// Checks that the roster lists this process's own key. Otherwise every peer with the same roster would refuse this
+/// process, and its log would not say why.
+fn is_listed(key: &PrivateKey, roster: &Roster, file: &Path) -> Result<(), String> {
+    match roster.member(&key.public()) {
+        Some(_) => Ok(()),
+        None => Err(format!(
+            "{}: no entry for this process's own key; add {}: {{name: NAME, roles: [ROLE]}}",
+            file.display(),
+            key.public()
+        )),
+    }
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity")
+            .field("auth", &self.inner.auth)
+            .field("public", &self.public())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Time between two looks at the files.
+const LOOK_EVERY: Duration = Duration::from_secs(2);

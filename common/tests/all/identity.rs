@@ -1,0 +1,124 @@
+//! Key files, and the reaction to a key or a roster that changes.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::time::Duration;
+
+use common::identity::{Auth, Identity, PrivateKey, Role, keygen};
+
+use crate::support::{run, within};
+
+fn refused(path: &Path) -> String {
+    let error = PrivateKey::read(path).unwrap_err().to_string();
+    let begin = format!("{}: ", path.display());
+    assert!(error.starts_with(&begin), "{error}");
+    error
+}
+
+#[test]
+fn keygen_writes_a_key_that_only_its_owner_can_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("key");
+    let public = keygen(&path).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+    assert_eq!(PrivateKey::read(&path).unwrap().public(), public);
+    assert_eq!(public.to_string().parse(), Ok(public));
+
+    // A second call replaces nothing, and follows no link to a place that another user has chosen.
+    let before = std::fs::read(&path).unwrap();
+    let error = keygen(&path).unwrap_err().to_string();
+    assert!(
+        error.contains("the file exists; keygen replaces no key"),
+        "{error}"
+    );
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    let (link, elsewhere) = (folder.path().join("link"), folder.path().join("elsewhere"));
+    symlink(&elsewhere, &link).unwrap();
+    keygen(&link).unwrap_err();
+    assert!(!elsewhere.exists());
+}
+
+#[test]
+fn a_key_file_that_others_can_reach_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("key");
+    assert!(refused(&path).contains("no such file: make a key with `keygen "));
+    keygen(&path).unwrap();
+    for mode in [0o640, 0o604, 0o620, 0o601] {
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+        assert!(refused(&path).contains("chmod 600 the file"));
+    }
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o400)).unwrap();
+    PrivateKey::read(&path).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+
+    let link = folder.path().join("link");
+    symlink(&path, &link).unwrap();
+    assert!(refused(&link).contains("a symbolic link: name the key file itself"));
+    assert!(refused(folder.path()).contains("not a regular file"));
+    let fifo = folder.path().join("fifo");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    assert!(refused(&fifo).contains("not a regular file"));
+
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
+        assert!(refused(&path).contains("it belongs to uid 65534, but this process runs as uid 0"));
+        std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+    }
+    std::fs::write(
+        &path,
+        "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+    )
+    .unwrap();
+    assert!(refused(&path).contains("not a private Ed25519 key"));
+    std::fs::write(&path, "").unwrap();
+    assert!(refused(&path).contains("not a private Ed25519 key"));
+}
+
+#[test]
+fn a_changed_roster_and_a_changed_key_count_without_a_restart() {
+    run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let (key, roster) = (folder.path().join("key"), folder.path().join("roster"));
+        let first = keygen(&key).unwrap();
+        let load = || Identity::load(Auth::Require, &key, &roster);
+        let error = load().unwrap_err();
+        assert!(
+            error[0].contains("roster: cannot read the roster"),
+            "{error:?}"
+        );
+        std::fs::write(&roster, "").unwrap();
+        let error = load().unwrap_err();
+        let cure = format!("add {first}: {{name: NAME, roles: [ROLE]}}");
+        assert!(error[0].contains(&cure), "{error:?}");
+
+        let line = |key| format!("{key}: {{name: a, roles: [sender]}}\n");
+        std::fs::write(&roster, line(first)).unwrap();
+        let identity = load().unwrap();
+        assert_eq!(identity.own().unwrap().roles, [Role::Sender]);
+        let mut changes = identity.changes();
+        let following = tokio::spawn(identity.clone().follow());
+
+        // A roster with a mistake changes nothing, and the next good roster counts.
+        std::fs::write(&roster, "nonsense\n").unwrap();
+        let second_file = folder.path().join("second");
+        let second = keygen(&second_file).unwrap();
+        let quiet = tokio::time::timeout(Duration::from_millis(2500), changes.changed());
+        quiet.await.unwrap_err();
+        assert_eq!(identity.roster().len(), 1);
+        std::fs::write(&roster, line(first) + &line(second)).unwrap();
+        within("roster", changes.changed()).await.unwrap();
+        assert_eq!(identity.roster().len(), 2);
+
+        // The key may be replaced by a rename, as an operator does it.
+        std::fs::rename(&second_file, &key).unwrap();
+        within("key", async {
+            while identity.public() != second {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+        following.abort();
+    });
+}
