@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use common::zmq::{FromPeer, MAX_INIT_BYTES, Requester, RouterServer};
+use common::zmq::{FromPeer, MAX_INIT_BYTES, Protection, Requester, RouterServer};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
@@ -30,7 +30,7 @@ async fn main() -> anyhow::Result<()> {
 /// Answers every request with the given number of bytes, until the parent process ends this
 /// process.
 async fn serve(bytes: usize) -> anyhow::Result<()> {
-    let mut server = RouterServer::bind("127.0.0.1", 0, MAX_INIT_BYTES).await?;
+    let mut server = RouterServer::bind("127.0.0.1", 0, MAX_INIT_BYTES, &Protection::Plain).await?;
     println!("{}", server.port());
     loop {
         if let FromPeer::Message(route, _) = server.recv().await? {
@@ -64,7 +64,8 @@ async fn against(
 ) -> anyhow::Result<Vec<f64>> {
     let mut port = String::new();
     BufReader::new(server.stdout.take().context("no output")?).read_line(&mut port)?;
-    let mut client = Requester::connect("127.0.0.1", port.trim().parse()?).await?;
+    let mut client =
+        Requester::connect("127.0.0.1", port.trim().parse()?, &Protection::Plain).await?;
     let mut times = Vec::with_capacity(rounds);
     for round in 0..rounds + WARM_UP {
         std::thread::sleep(pause);

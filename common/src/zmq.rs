@@ -13,6 +13,9 @@
 
 mod dealer;
 mod inbox;
+mod keyed;
+mod plain_dealer;
+mod plain_router;
 mod push;
 mod requester;
 mod router;
@@ -29,6 +32,7 @@ use tracing::warn;
 
 pub use dealer::{DealerClient, FromServer};
 pub use inbox::{Frame, Inbox};
+pub use keyed::{Keyed, Protection};
 pub use push::{Listener, Push};
 pub use requester::{RequestError, Requester};
 pub use router::{FromPeer, RouterServer};
@@ -122,17 +126,39 @@ fn endpoint(host: &str, port: u16) -> Endpoint {
     Endpoint::Tcp { host, port }
 }
 
+/// Binds a TCP port for a socket of this module.
+async fn bind_tcp(host: &str, port: u16) -> Result<tokio::net::TcpListener, BindError> {
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let bare = match bare.unwrap_or(host) {
+        "*" | "" => "0.0.0.0",
+        bare => bare,
+    };
+    let bound = tokio::net::TcpListener::bind((bare, port)).await;
+    bound.map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => in_use(host, port),
+        _ => BindError::Refused {
+            host: host.to_owned(),
+            port,
+            cause: error.to_string(),
+        },
+    })
+}
+
+fn in_use(host: &str, port: u16) -> BindError {
+    BindError::InUse {
+        host: host.to_owned(),
+        port,
+        holder: crate::socket_owner::holder(port)
+            .unwrap_or_else(|| "a process that the kernel does not name".to_owned()),
+    }
+}
+
 async fn bind(socket: &Socket, host: &str, port: u16) -> Result<u16, BindError> {
     match socket.bind(endpoint(host, port)).await {
         Ok(Endpoint::Tcp { port, .. }) => Ok(port),
         Ok(_) => Ok(port),
         Err(omq_tokio::Error::Io(e)) if e.kind() == std::io::ErrorKind::AddrInUse => {
-            Err(BindError::InUse {
-                host: host.to_owned(),
-                port,
-                holder: crate::socket_owner::holder(port)
-                    .unwrap_or_else(|| "a process that the kernel does not name".to_owned()),
-            })
+            Err(in_use(host, port))
         }
         Err(error) => Err(BindError::Refused {
             host: host.to_owned(),
@@ -158,6 +184,14 @@ fn payload(message: &Message) -> Option<Bytes> {
             None
         }
     }
+}
+
+/// Returns an identity as text for logs.
+fn printable(identity: &[u8]) -> String {
+    String::from_utf8_lossy(identity)
+        .chars()
+        .map(|c| if c.is_control() { '.' } else { c })
+        .collect()
 }
 
 /// Returns true for 1, 2, 4, 8, …. A fault that a hostile peer can repeat is logged only at these counts, so that it

@@ -18,7 +18,9 @@ mod state;
 mod telemetry;
 mod upstream;
 
+pub use common::identity::keygen;
 pub use config::cli::{Config, LogFormat};
+pub use config::keys::{AuthMode, Command, Keys};
 pub use openai::error::Code;
 pub use openai::fallback::Fallback;
 pub use openai::passed::{Methods, PASSED_ON, PassedOn};

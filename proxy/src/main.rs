@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use proxy::{Config, End, LogFormat, Proxy, Stop, raise_limit};
+use proxy::{Command, Config, End, LogFormat, Proxy, Stop, raise_limit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
@@ -20,6 +20,15 @@ async fn main() -> ExitCode {
             return ExitCode::from(if asked { 0 } else { USAGE });
         }
     };
+    if let Some(Command::Keygen { file }) = &config.command {
+        return match proxy::keygen(file) {
+            Ok(public) => {
+                println!("{public}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => print_problems(&[error.to_string()], USAGE),
+        };
+    }
     // Report all problems of the flags at once, before a port is opened.
     let mut problems = config.problems();
     let filter = EnvFilter::try_new(&config.log);

@@ -47,6 +47,16 @@ pub(crate) enum Command {
     /// Makes a running sidecar take no new KV, for a prefill instance that is to be stopped. Decode sides can still
     /// fetch the KV that the engine keeps.
     Drain(Drain),
+    /// Makes the key of this process, and prints the public key for the rosters of its peers.
+    Keygen(Keygen),
+}
+
+/// Arguments of `keygen`.
+#[derive(Debug, Args)]
+pub(crate) struct Keygen {
+    /// The new file, for sidecar.key_file. An existing file is never replaced.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
 }
 
 /// Flags of a run.
@@ -139,6 +149,15 @@ pub(crate) struct Overrides {
     /// Name of this sidecar.
     #[arg(long, value_name = "NAME")]
     id: Option<String>,
+    /// Rule for peers without a key: no peer has a key, peers may have no key, every peer must prove a key.
+    #[arg(long, value_name = "off|prefer|require")]
+    auth: Option<String>,
+    /// File with this process's private key.
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<String>,
+    /// File with the public keys of all peers.
+    #[arg(long, value_name = "FILE")]
+    roster: Option<String>,
     /// Lets ports listen beyond this machine without authentication.
     #[arg(long)]
     insecure: bool,
@@ -177,6 +196,9 @@ impl Overrides {
             ("--transport", self.transport.clone()),
             ("--engine-url", self.engine_url.clone()),
             ("--id", self.id.clone()),
+            ("--auth", self.auth.clone()),
+            ("--key-file", self.key_file.clone()),
+            ("--roster", self.roster.clone()),
             ("--insecure", switch(self.insecure, "on")),
             ("--log-level", self.log_level.clone()),
             ("--log-format", self.log_format.clone()),
@@ -223,6 +245,22 @@ impl Run {
             eprint!("{}", report.errors());
             Exit::Usage
         })
+    }
+}
+
+impl Keygen {
+    /// Makes the file and prints the public key.
+    pub(crate) fn run(&self) -> Exit {
+        match common::identity::keygen(&self.file) {
+            Ok(public) => {
+                say(&format!("{public}\n"));
+                Exit::Ok
+            }
+            Err(error) => {
+                eprintln!("error: {error}");
+                Exit::Usage
+            }
+        }
     }
 }
 
@@ -306,6 +344,8 @@ Examples:
     sidecar check-config configs/lmcache-decoder-config.yaml --buffer-size 1GiB
   Test that this machine moves bytes:
     sidecar selftest --seconds 3
+  Make a key for peers that know each other, and print the public key for the roster:
+    sidecar keygen /etc/pd-sidecar/key
   Before a prefill engine is stopped, wait until decode sides have fetched the KV that it keeps:
     sidecar drain --until-fetched
 

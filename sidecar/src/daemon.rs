@@ -51,7 +51,8 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let (proxy, registration) = match &config.proxy {
         None => (None, None),
         Some(proxy) => {
-            let (outlet, search) = ProxyDiscovery::of(&proxy.address).await?;
+            let (outlet, search) =
+                ProxyDiscovery::of(&proxy.address, config.identity.as_ref()).await?;
             searching = search;
             let (voice, task) = Registration::new(
                 outlet,
@@ -85,6 +86,16 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     services.spawn(admin.run(gone.clone()));
     if !config.has_successors {
         services.spawn(leftovers::remove_dead(config.socket.clone(), gone.clone()));
+    }
+    if let Some(identity) = config.identity.clone() {
+        let gone = gone.clone();
+        services.spawn(async move {
+            tokio::select! {
+                biased;
+                () = gone.cancelled() => {}
+                () = identity.follow() => {}
+            }
+        });
     }
     if let Some(search) = searching {
         services.spawn(search.run(gone.clone()));

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
     let exit = match Cli::of_process() {
         Ok(Command::CheckConfig(check)) => check.run(),
         Ok(Command::Drain(drain)) => drain.run(),
+        Ok(Command::Keygen(keygen)) => keygen.run(),
         Ok(Command::Selftest(selftest)) => match selftest.ucx() {
             Ok(ucx) => ucx::environment(&ucx).unwrap_or_else(|| selftest.run()),
             Err(exit) => exit,

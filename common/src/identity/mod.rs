@@ -51,6 +51,28 @@ impl Auth {
     }
 }
 
+/// A key or a roster with which a process cannot start. The text names the file and the cure.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IdentityError {
+    /// The key file cannot be used.
+    #[error(transparent)]
+    Key(#[from] KeyFileError),
+    /// The roster cannot be used.
+    #[error(transparent)]
+    Roster(#[from] RosterError),
+    /// The roster does not list the process's own key. Every peer with the same roster would refuse the process.
+    #[error(
+        "{}: no entry for this process's own key; add {key}: {{name: NAME, roles: [ROLE]}}",
+        .roster.display()
+    )]
+    NotListed {
+        /// The roster.
+        roster: PathBuf,
+        /// The process's key.
+        key: PublicKey,
+    },
+}
+
 /// This process's key, and the roster. All clones share the same values.
 #[derive(Clone)]
 pub struct Identity {
@@ -70,14 +92,12 @@ impl Identity {
     ///
     /// # Errors
     /// All mistakes, each with the file and the cure.
-    pub fn load(auth: Auth, key_file: &Path, roster_file: &Path) -> Result<Self, Vec<String>> {
-        let key = PrivateKey::read(key_file).map_err(|e| e.to_string());
-        let roster = Roster::read(roster_file).map_err(|e| e.to_string());
-        let (key, roster) = match (key, roster) {
-            (Ok(key), Ok(roster)) => (key, roster),
-            (key, roster) => return Err(key.err().into_iter().chain(roster.err()).collect()),
-        };
-        is_listed(&key, &roster, roster_file).map_err(|e| vec![e])?;
+    pub fn load(
+        auth: Auth,
+        key_file: &Path,
+        roster_file: &Path,
+    ) -> Result<Self, Vec<IdentityError>> {
+        let (key, roster) = read(key_file, roster_file)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 auth,
@@ -145,18 +165,12 @@ impl Identity {
 
     /// Reads both files again, once.
     pub fn reread(&self) {
-        let files = (&self.inner.key_file, &self.inner.roster_file);
-        let key = PrivateKey::read(files.0).map_err(|e| e.to_string());
-        let roster = Roster::read(files.1).map_err(|e| e.to_string());
-        let read = key.and_then(|key| {
-            let roster = roster?;
-            is_listed(&key, &roster, files.1)?;
-            Ok((key, roster))
-        });
-        let (key, roster) = match read {
+        let (key, roster) = match read(&self.inner.key_file, &self.inner.roster_file) {
             Ok(read) => read,
             Err(mistakes) => {
-                error!("the former key and roster stay in use: {mistakes}");
+                for mistake in mistakes {
+                    error!("the former key and roster stay in use: {mistake}");
+                }
                 return;
             }
         };
@@ -189,17 +203,22 @@ impl Identity {
     }
 }
 
-/// Checks that the roster lists this process's own key. Otherwise every peer with the same roster would refuse this
-/// process, and its log would not say why.
-fn is_listed(key: &PrivateKey, roster: &Roster, file: &Path) -> Result<(), String> {
-    match roster.member(&key.public()) {
-        Some(_) => Ok(()),
-        None => Err(format!(
-            "{}: no entry for this process's own key; add {}: {{name: NAME, roles: [ROLE]}}",
-            file.display(),
-            key.public()
-        )),
+/// Reads a key and a roster that lists the key.
+fn read(key_file: &Path, roster_file: &Path) -> Result<(PrivateKey, Roster), Vec<IdentityError>> {
+    let (key, roster) = match (PrivateKey::read(key_file), Roster::read(roster_file)) {
+        (Ok(key), Ok(roster)) => (key, roster),
+        (key, roster) => {
+            let (key, roster) = (key.err().map(Into::into), roster.err().map(Into::into));
+            return Err(key.into_iter().chain(roster).collect());
+        }
+    };
+    if roster.member(&key.public()).is_none() {
+        return Err(vec![IdentityError::NotListed {
+            roster: roster_file.to_owned(),
+            key: key.public(),
+        }]);
     }
+    Ok((key, roster))
 }
 
 impl fmt::Debug for Identity {

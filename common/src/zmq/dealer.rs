@@ -1,33 +1,25 @@
-//! The connecting side of the alloc port.
-
-use std::collections::VecDeque;
-use std::fmt;
+//! The connecting side of the alloc and fetch ports.
 
 use bytes::Bytes;
-use omq_tokio::options::WorkloadProfile;
-use omq_tokio::{
-    Endpoint, MonitorEvent, MonitorRecvError, MonitorStream, Socket, SocketType, TrySendError,
-};
-use tracing::debug;
+use omq_tokio::SocketType;
 
-use super::{
-    Closed, MAX_ALLOC_BYTES, RECONNECT_MAX, SendError, delimited, endpoint, options, payload,
-};
+use super::keyed::{Dealer, News, Protection};
+use super::plain_dealer::PlainDealer;
+use super::{Closed, MAX_ALLOC_BYTES, SendError, delimited};
 
 /// A DEALER socket to one receiver's alloc port. It reconnects by itself. After the socket is
 /// dropped, it still sends queued messages for at most 300 ms.
-pub struct DealerClient {
-    socket: Socket,
-    monitor: MonitorStream,
-    endpoint: Endpoint,
-    connected: bool,
-    /// True if a failed attempt to connect counts as a loss.
-    once: bool,
-    /// Losses, new connections and messages that the caller has not got yet.
-    news: VecDeque<FromServer>,
-    /// Time of the next connection attempt, if the library makes no further attempt after a refused handshake. Absent:
-    /// the library connects.
-    redial: Option<tokio::time::Instant>,
+#[derive(Debug)]
+pub struct DealerClient(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Plain(Box<PlainDealer>),
+    Keyed {
+        dealer: Dealer,
+        /// True if a failed attempt to connect counts as a loss.
+        once: bool,
+    },
 }
 
 /// The result of [`DealerClient::recv`].
@@ -40,36 +32,36 @@ pub enum FromServer {
     },
     /// A message.
     Message(Bytes),
-    /// The connection has ended; the library tries to reconnect. With [`DealerClient::connect_once`] also: the connection
+    /// The connection has ended; the socket tries to reconnect. With [`DealerClient::connect_once`] also: the connection
     /// could not be made.
     Lost,
 }
 
 impl DealerClient {
     /// Begins to connect. `identity` names this sender at the receiver and has at most 255 bytes. The identity must
-    /// not be guessable, because the receiver accepts the first connection that uses it.
+    /// not be guessable, because a receiver whose peers prove no key accepts the first connection that uses it.
     ///
     /// # Errors
     /// Fails only if the socket's own task has ended.
-    pub async fn connect(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
+    pub async fn connect(
+        host: &str,
+        port: u16,
+        identity: &str,
+        protection: &Protection,
+    ) -> Result<Self, Closed> {
+        let keyed = match protection {
+            Protection::Plain => {
+                let plain = PlainDealer::connect(host, port, identity).await?;
+                return Ok(Self(Kind::Plain(Box::new(plain))));
+            }
+            Protection::Keyed(keyed) => keyed.clone(),
+        };
         let mut identity = Bytes::copy_from_slice(identity.as_bytes());
         identity.truncate(255);
-        let options = options(MAX_ALLOC_BYTES)
-            .identity(identity)
-            .workload_profile(WorkloadProfile::Latency);
-        let socket = Socket::new(SocketType::Dealer, options);
-        let monitor = socket.monitor();
-        let endpoint = endpoint(host, port);
-        socket.connect(endpoint.clone()).await.map_err(|_| Closed)?;
-        Ok(Self {
-            socket,
-            monitor,
-            endpoint,
-            connected: false,
-            once: false,
-            news: VecDeque::new(),
-            redial: None,
-        })
+        let plain = SocketType::Dealer;
+        let dealer = Dealer::connect(host, port, identity, MAX_ALLOC_BYTES, keyed, plain);
+        let once = false;
+        Ok(Self(Kind::Keyed { dealer, once }))
     }
 
     /// Begins to connect, as [`DealerClient::connect`]. If the peer refuses the connection,
@@ -77,12 +69,21 @@ impl DealerClient {
     ///
     /// # Errors
     /// Fails only if the socket's own task has ended.
-    pub async fn connect_once(host: &str, port: u16, identity: &str) -> Result<Self, Closed> {
-        let client = Self::connect(host, port, identity).await?;
-        Ok(Self {
-            once: true,
-            ..client
-        })
+    pub async fn connect_once(
+        host: &str,
+        port: u16,
+        identity: &str,
+        protection: &Protection,
+    ) -> Result<Self, Closed> {
+        if let Protection::Plain = protection {
+            let plain = PlainDealer::connect_once(host, port, identity).await?;
+            return Ok(Self(Kind::Plain(Box::new(plain))));
+        }
+        let mut client = Self::connect(host, port, identity, protection).await?;
+        if let Kind::Keyed { once, .. } = &mut client.0 {
+            *once = true;
+        }
+        Ok(client)
     }
 
     /// Waits for a message or a change of the connection.
@@ -93,60 +94,20 @@ impl DealerClient {
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
     pub async fn recv(&mut self) -> Result<FromServer, Closed> {
+        let (dealer, once) = match &mut self.0 {
+            Kind::Plain(plain) => return plain.recv().await,
+            Kind::Keyed { dealer, once } => (dealer, *once),
+        };
         loop {
-            while let Ok(event) = self.monitor.try_recv() {
-                self.note(&event);
-            }
-            // A new connection is reported before its messages. A loss is reported after the messages of the lost
-            // connection.
-            if self.news.iter().any(|news| *news != FromServer::Lost)
-                && let Some(news) = self.news.pop_front()
-            {
-                return Ok(news);
-            }
-            // Messages that have already arrived are reported before the loss, because the peer sent them before the
-            // connection was lost.
-            match self.socket.try_recv() {
-                Ok(message) => match payload(&message) {
-                    Some(payload) => return Ok(FromServer::Message(payload)),
-                    None => continue,
+            return Ok(match dealer.recv().await? {
+                News::Connected { socket, .. } => FromServer::Connected {
+                    router: socket == Some(SocketType::Router),
                 },
-                Err(omq_tokio::Error::WouldBlock) => {}
-                Err(_) => return Err(Closed),
-            }
-            if let Some(news) = self.news.pop_front() {
-                return Ok(news);
-            }
-            let redial = self.redial;
-            tokio::select! {
-                biased;
-                event = self.monitor.recv() => match event {
-                    Ok(event) => self.note(&event),
-                    Err(MonitorRecvError::Closed) => return Err(Closed),
-                    Err(_) => {}
-                },
-                message = self.socket.recv() => {
-                    if let Some(payload) = payload(&message.map_err(|_| Closed)?) {
-                        while let Ok(event) = self.monitor.try_recv() {
-                            self.note(&event);
-                        }
-                        // If the events read above include a new connection, this message belongs
-                        // to that connection and must be reported after its event.
-                        let arrived = |news: &FromServer| matches!(news, FromServer::Connected { .. });
-                        if self.news.iter().any(arrived) {
-                            self.news.push_back(FromServer::Message(payload));
-                            continue;
-                        }
-                        return Ok(FromServer::Message(payload));
-                    }
-                }
-                () = tokio::time::sleep_until(redial.unwrap_or_else(tokio::time::Instant::now)),
-                    if redial.is_some() =>
-                {
-                    self.redial = None;
-                    self.socket.connect(self.endpoint.clone()).await.map_err(|_| Closed)?;
-                }
-            }
+                News::Message(payload) => FromServer::Message(payload),
+                News::Lost => FromServer::Lost,
+                News::Failed(_) if once => FromServer::Lost,
+                News::Failed(_) => continue,
+            });
         }
     }
 
@@ -155,44 +116,9 @@ impl DealerClient {
     /// # Errors
     /// See [`SendError`].
     pub fn send(&self, payload: impl Into<Bytes>) -> Result<(), SendError> {
-        match self.socket.try_send(delimited(payload.into())) {
-            Ok(()) => Ok(()),
-            Err(TrySendError::Full(_)) => Err(SendError::Full),
-            Err(_) => Err(SendError::Gone),
+        match &self.0 {
+            Kind::Plain(plain) => plain.send(payload.into()),
+            Kind::Keyed { dealer, .. } => dealer.send(delimited(payload.into())),
         }
-    }
-
-    fn note(&mut self, event: &MonitorEvent) {
-        match event {
-            MonitorEvent::HandshakeSucceeded { peer, .. } => {
-                self.connected = true;
-                let router = peer.peer_properties.socket_type == Some(SocketType::Router);
-                self.news.push_back(FromServer::Connected { router });
-            }
-            MonitorEvent::Disconnected { reason, .. } if self.connected => {
-                debug!(endpoint = %self.endpoint, ?reason, "receiver's connection ended");
-                self.connected = false;
-                self.news.push_back(FromServer::Lost);
-            }
-            MonitorEvent::ConnectDelayed { .. } if self.once && !self.connected => {
-                self.news.push_back(FromServer::Lost);
-            }
-            MonitorEvent::HandshakeFailed { reason, .. } => {
-                debug!(endpoint = %self.endpoint, %reason, "not a ZeroMQ peer");
-            }
-            MonitorEvent::ConnectStopped { .. } => {
-                self.redial = Some(tokio::time::Instant::now() + RECONNECT_MAX);
-            }
-            _ => {}
-        }
-    }
-}
-
-impl fmt::Debug for DealerClient {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DealerClient")
-            .field("endpoint", &self.endpoint.to_string())
-            .field("connected", &self.connected)
-            .finish_non_exhaustive()
     }
 }

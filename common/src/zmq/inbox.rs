@@ -6,13 +6,21 @@ use std::time::Duration;
 use bytes::Bytes;
 use omq_tokio::{Message, Options, Socket, SocketType};
 
-use super::{BindError, Closed, MAX_PEERS, MAX_REGISTRATION_BYTES, bind, options};
+use super::keyed::{Protection, Router};
+use super::{BindError, Closed, FromPeer, MAX_PEERS, MAX_REGISTRATION_BYTES, bind, options};
+use crate::identity::Member;
 
 /// A bound socket that receives messages and answers none.
 #[derive(Debug)]
 pub struct Inbox {
-    socket: Socket,
+    kind: Kind,
     address: SocketAddr,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Plain(Socket),
+    Keyed(Box<Router>),
 }
 
 /// A message from a peer.
@@ -24,6 +32,8 @@ pub enum Frame {
     /// The last frame of a message with several frames. On a ROUTER port the frames before the last frame identify
     /// the peer.
     Last(Bytes),
+    /// The only frame of a message from a peer that has proved a key.
+    Of(Member, Bytes),
     /// The message has no frame.
     Odd,
 }
@@ -34,7 +44,28 @@ impl Inbox {
     ///
     /// # Errors
     /// See [`BindError`].
-    pub async fn pull(name: &'static str, address: SocketAddr) -> Result<Self, BindError> {
+    pub async fn pull(
+        name: &'static str,
+        address: SocketAddr,
+        protection: &Protection,
+    ) -> Result<Self, BindError> {
+        if let Protection::Keyed(keyed) = protection {
+            let (host, plain) = (address.ip().to_string(), SocketType::Pull);
+            let port = address.port();
+            let router = Router::bind(
+                &host,
+                port,
+                MAX_REGISTRATION_BYTES,
+                keyed.clone(),
+                plain,
+                name,
+            );
+            let router = router.await?;
+            return Ok(Self {
+                address: SocketAddr::new(address.ip(), router.port()),
+                kind: Kind::Keyed(Box::new(router)),
+            });
+        }
         let options = options(MAX_REGISTRATION_BYTES).identity(name);
         Self::bind_as(SocketType::Pull, options, address).await
     }
@@ -56,7 +87,7 @@ impl Inbox {
         let socket = Socket::new(kind, options);
         let port = bind(&socket, &address.ip().to_string(), address.port()).await?;
         Ok(Self {
-            socket,
+            kind: Kind::Plain(socket),
             address: SocketAddr::new(address.ip(), port),
         })
     }
@@ -73,15 +104,31 @@ impl Inbox {
     ///
     /// # Cancel safety
     /// No message is lost when the future is dropped.
-    pub async fn recv(&self) -> Result<Frame, Closed> {
-        let message = self.socket.recv().await.map_err(|_| Closed)?;
-        Ok(frame(&message))
+    pub async fn recv(&mut self) -> Result<Frame, Closed> {
+        let router = match &mut self.kind {
+            Kind::Plain(socket) => {
+                let message = socket.recv().await.map_err(|_| Closed)?;
+                return Ok(frame(&message));
+            }
+            Kind::Keyed(router) => router,
+        };
+        loop {
+            if let FromPeer::Message(route, payload) = router.recv().await? {
+                return Ok(match router.owner(route) {
+                    Some(member) => Frame::Of(member.clone(), payload),
+                    None => Frame::Single(payload),
+                });
+            }
+        }
     }
 
     /// If there are more than [`MAX_PEERS`] connections, disconnects the newest connections and returns their number.
     /// The oldest connections stay, so that a flood of new connections does not disconnect working sidecars.
     pub async fn shed(&self) -> usize {
-        let Ok(mut peers) = self.socket.connections().await else {
+        let Kind::Plain(socket) = &self.kind else {
+            return 0; // the socket keeps its own limit
+        };
+        let Ok(mut peers) = socket.connections().await else {
             return 0;
         };
         if peers.len() <= MAX_PEERS {
@@ -91,7 +138,7 @@ impl Inbox {
         let surplus = peers.split_off(MAX_PEERS);
         for peer in &surplus {
             // Disconnecting fails only if the peer has disconnected in the meantime.
-            drop(self.socket.disconnect_peer(peer.connection_id).await);
+            drop(socket.disconnect_peer(peer.connection_id).await);
         }
         surplus.len()
     }

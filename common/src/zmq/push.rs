@@ -5,6 +5,7 @@ use omq_tokio::{Message, Socket, SocketType, TrySendError};
 use protocol::registration::PROXY_NAME;
 use tracing::{debug, warn};
 
+use super::keyed::{Dealer, Keyed, News, Protection};
 use super::{Closed, MAX_REGISTRATION_BYTES, PUSH_LINGER, SendError, endpoint, options, rare};
 
 /// The kind of proxy behind the registration port.
@@ -18,12 +19,19 @@ pub enum Listener {
     Lmcache,
 }
 
-/// A PUSH socket to the proxy's registration port. It reconnects by itself.
+/// A socket to the proxy's registration port: a PUSH socket, or a DEALER socket if the proxy proves a key. It reconnects
+/// by itself.
 #[derive(Debug)]
 pub struct Push {
-    socket: Socket,
+    kind: Kind,
     peer: String,
     dropped: u64,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Plain(Socket),
+    Keyed(Dealer, Listener),
 }
 
 impl Push {
@@ -31,15 +39,19 @@ impl Push {
     ///
     /// # Errors
     /// Fails only if the socket's own task has ended.
-    pub async fn connect(host: &str, port: u16) -> Result<Self, Closed> {
-        let options = options(MAX_REGISTRATION_BYTES).linger(PUSH_LINGER);
-        let socket = Socket::new(SocketType::Push, options);
-        socket
-            .connect(endpoint(host, port))
-            .await
-            .map_err(|_| Closed)?;
+    pub async fn connect(host: &str, port: u16, protection: &Protection) -> Result<Self, Closed> {
+        let kind = match protection {
+            Protection::Plain => {
+                let options = options(MAX_REGISTRATION_BYTES).linger(PUSH_LINGER);
+                let socket = Socket::new(SocketType::Push, options);
+                let there = endpoint(host, port);
+                socket.connect(there).await.map_err(|_| Closed)?;
+                Kind::Plain(socket)
+            }
+            Protection::Keyed(keyed) => Kind::Keyed(keyed_to(host, port, keyed), Listener::Nobody),
+        };
         Ok(Self {
-            socket,
+            kind,
             peer: format!("{host}:{port}"),
             dropped: 0,
         })
@@ -51,25 +63,33 @@ impl Push {
     /// # Errors
     /// See [`SendError`].
     pub fn send(&mut self, payload: impl Into<Bytes>) -> Result<(), SendError> {
-        match self.socket.try_send(Message::single(payload.into())) {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                self.dropped += 1;
-                if rare(self.dropped) {
-                    warn!(proxy = %self.peer, total = self.dropped,
-                        "message to the proxy dropped: the proxy does not take messages");
-                }
-                Err(match error {
-                    TrySendError::Full(_) => SendError::Full,
-                    _ => SendError::Gone,
-                })
+        self.note();
+        let message = Message::single(payload.into());
+        let sent = match &self.kind {
+            Kind::Plain(socket) => socket.try_send(message).map_err(|error| match error {
+                TrySendError::Full(_) => SendError::Full,
+                _ => SendError::Gone,
+            }),
+            Kind::Keyed(dealer, _) => dealer.send(message),
+        };
+        if sent.is_err() {
+            self.dropped += 1;
+            if rare(self.dropped) {
+                warn!(proxy = %self.peer, total = self.dropped,
+                    "message to the proxy dropped: the proxy does not take messages");
             }
         }
+        sent
     }
 
     /// Returns the kind of proxy that is connected now.
-    pub async fn listener(&self) -> Listener {
-        let peers = self.socket.connections().await.unwrap_or_default();
+    pub async fn listener(&mut self) -> Listener {
+        self.note();
+        let socket = match &self.kind {
+            Kind::Plain(socket) => socket,
+            Kind::Keyed(_, listener) => return *listener,
+        };
+        let peers = socket.connections().await.unwrap_or_default();
         let Some(peer) = peers.iter().find_map(|peer| peer.peer_info.as_ref()) else {
             return Listener::Nobody;
         };
@@ -81,8 +101,44 @@ impl Push {
 
     /// Sends queued messages for at most 1 s, then disconnects.
     pub async fn close(self) {
-        if let Err(error) = self.socket.close().await {
-            debug!(proxy = %self.peer, %error, "closing the connection");
+        match self.kind {
+            Kind::Plain(socket) => {
+                if let Err(error) = socket.close().await {
+                    debug!(proxy = %self.peer, %error, "closing the connection");
+                }
+            }
+            Kind::Keyed(dealer, _) => dealer.close(PUSH_LINGER).await,
         }
     }
+
+    /// Notes the events of the connection. If nobody took the events, the connection's task would wait for room.
+    fn note(&mut self) {
+        let Kind::Keyed(dealer, listener) = &mut self.kind else {
+            return;
+        };
+        while let Some(news) = dealer.try_recv() {
+            match news {
+                News::Connected { identity, .. } if identity == PROXY_NAME => {
+                    *listener = Listener::Proxy;
+                }
+                News::Connected { .. } => *listener = Listener::Lmcache,
+                News::Lost | News::Failed(_) => *listener = Listener::Nobody,
+                News::Message(_) => {}
+            }
+        }
+    }
+}
+
+/// Begins to connect to a proxy that proves a key. A proxy without a key, where one is permitted, has a PULL socket.
+fn keyed_to(host: &str, port: u16, keyed: &Keyed) -> Dealer {
+    let keyed = keyed.clone();
+    let plain = SocketType::Push;
+    Dealer::connect(
+        host,
+        port,
+        Bytes::new(),
+        MAX_REGISTRATION_BYTES,
+        keyed,
+        plain,
+    )
 }

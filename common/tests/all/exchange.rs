@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::zmq::{
-    DealerClient, Frame, FromPeer, FromServer, Inbox, Listener, MAX_ALLOC_BYTES, Push,
+    DealerClient, Frame, FromPeer, FromServer, Inbox, Listener, MAX_ALLOC_BYTES, Protection, Push,
     RequestError, Requester, RouterServer, SEND_QUEUE, SendError,
 };
 use protocol::registration::PROXY_NAME;
@@ -21,11 +21,13 @@ fn answers_take_the_form_of_the_question() {
     run(async {
         let mut server = server().await;
         let port = server.port();
-        let mut ours = DealerClient::connect("127.0.0.1", port, "ours")
+        let mut ours = DealerClient::connect("127.0.0.1", port, "ours", &Protection::Plain)
             .await
             .unwrap();
         let mut bare = dealer(port, "bare").await;
-        let mut req = Requester::connect("localhost", port).await.unwrap();
+        let mut req = Requester::connect("localhost", port, &Protection::Plain)
+            .await
+            .unwrap();
 
         ours.send(&b"one"[..]).unwrap();
         let (route, payload) = message(&mut server).await;
@@ -73,7 +75,7 @@ fn wrong_frames_are_dropped_and_counted() {
 fn a_loss_follows_the_last_message_and_ends_the_route() {
     run(async {
         let mut server = server().await;
-        let client = DealerClient::connect("127.0.0.1", server.port(), "s")
+        let client = DealerClient::connect("127.0.0.1", server.port(), "s", &Protection::Plain)
             .await
             .unwrap();
         for i in 0..20u8 {
@@ -98,7 +100,7 @@ fn a_client_that_connects_once_hears_at_once_that_the_peer_refuses() {
     run(async {
         let mut server = server().await;
         let port = server.port();
-        let mut client = DealerClient::connect_once("127.0.0.1", port, "c")
+        let mut client = DealerClient::connect_once("127.0.0.1", port, "c", &Protection::Plain)
             .await
             .unwrap();
         let up = within("up", client.recv()).await.unwrap();
@@ -108,7 +110,7 @@ fn a_client_that_connects_once_hears_at_once_that_the_peer_refuses() {
         server.close().await;
         let down = within("down", client.recv()).await.unwrap();
         assert_eq!(down, FromServer::Lost);
-        let mut second = DealerClient::connect_once("127.0.0.1", port, "d")
+        let mut second = DealerClient::connect_once("127.0.0.1", port, "d", &Protection::Plain)
             .await
             .unwrap();
         let refused = within("refused", second.recv()).await.unwrap();
@@ -121,7 +123,9 @@ fn a_client_finds_a_restarted_server() {
     run(async {
         let mut first = server().await;
         let port = first.port();
-        let mut client = DealerClient::connect("127.0.0.1", port, "c").await.unwrap();
+        let mut client = DealerClient::connect("127.0.0.1", port, "c", &Protection::Plain)
+            .await
+            .unwrap();
         assert_eq!(
             within("up", client.recv()).await.unwrap(),
             FromServer::Connected { router: true }
@@ -136,7 +140,7 @@ fn a_client_finds_a_restarted_server() {
             FromServer::Lost
         );
 
-        let mut second = RouterServer::bind("127.0.0.1", port, MAX_ALLOC_BYTES)
+        let mut second = RouterServer::bind("127.0.0.1", port, MAX_ALLOC_BYTES, &Protection::Plain)
             .await
             .unwrap();
         client.send(&b"c"[..]).unwrap();
@@ -152,17 +156,22 @@ fn a_client_finds_a_restarted_server() {
 fn a_taken_port_is_named_with_its_holder() {
     run(async {
         let taken = server().await;
-        let error = RouterServer::bind("127.0.0.1", taken.port(), MAX_ALLOC_BYTES)
-            .await
-            .unwrap_err()
-            .to_string();
+        let error = RouterServer::bind(
+            "127.0.0.1",
+            taken.port(),
+            MAX_ALLOC_BYTES,
+            &Protection::Plain,
+        )
+        .await
+        .unwrap_err()
+        .to_string();
         let expected = format!(
             "127.0.0.1:{} is taken by process {}",
             taken.port(),
             std::process::id()
         );
         assert!(error.starts_with(&expected), "{error}");
-        let error = RouterServer::bind("192.0.2.1", 7300, MAX_ALLOC_BYTES)
+        let error = RouterServer::bind("192.0.2.1", 7300, MAX_ALLOC_BYTES, &Protection::Plain)
             .await
             .unwrap_err()
             .to_string();
@@ -178,7 +187,9 @@ fn a_request_to_nobody_fails_soon() {
     run(async {
         let port = free_port();
         let began = Instant::now();
-        let mut req = Requester::connect("127.0.0.1", port).await.unwrap();
+        let mut req = Requester::connect("127.0.0.1", port, &Protection::Plain)
+            .await
+            .unwrap();
         let error = req.request(&b"hello?"[..]).await.unwrap_err();
         assert!(
             matches!(error, RequestError::NoConnection { .. }),
@@ -192,7 +203,9 @@ fn a_request_to_nobody_fails_soon() {
 fn a_proxy_that_is_away_costs_messages_not_time() {
     run(async {
         let port = free_port();
-        let mut push = Push::connect("127.0.0.1", port).await.unwrap();
+        let mut push = Push::connect("127.0.0.1", port, &Protection::Plain)
+            .await
+            .unwrap();
         let began = Instant::now();
         let mut dropped = 0u32;
         for i in 0..2000u32 {
@@ -206,11 +219,11 @@ fn a_proxy_that_is_away_costs_messages_not_time() {
         let queued = 2000 - dropped;
         assert!((1..=2 * SEND_QUEUE).contains(&queued), "{queued}");
 
-        let proxy = Inbox::pull("", ([127, 0, 0, 1], port).into())
+        let mut proxy = Inbox::pull("", ([127, 0, 0, 1], port).into(), &Protection::Plain)
             .await
             .unwrap();
         for i in 0..queued {
-            assert_eq!(&single(&proxy).await[..], i.to_le_bytes());
+            assert_eq!(&single(&mut proxy).await[..], i.to_le_bytes());
         }
     });
 }
@@ -223,7 +236,9 @@ fn a_dealer_learns_the_kind_of_its_server() {
         for (kind, router) in [("ROUTER", true), ("REP", false)] {
             let listener = TcpListener::bind(local()).await.unwrap();
             let port = listener.local_addr().unwrap().port();
-            let mut client = DealerClient::connect("127.0.0.1", port, "c").await.unwrap();
+            let mut client = DealerClient::connect("127.0.0.1", port, "c", &Protection::Plain)
+                .await
+                .unwrap();
             client.send(&b"ask"[..]).unwrap();
             let server = Peer::accept(&listener, Hello::of(kind));
             let mut server = within("handshake", server).await.unwrap();
@@ -248,7 +263,9 @@ fn a_requester_talks_like_a_req_socket() {
     run(async {
         let listener = TcpListener::bind(local()).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let mut req = Requester::connect("127.0.0.1", port).await.unwrap();
+        let mut req = Requester::connect("127.0.0.1", port, &Protection::Plain)
+            .await
+            .unwrap();
         let serve = async {
             let mut server = Peer::accept(&listener, Hello::of("ROUTER")).await.unwrap();
             assert_eq!(server.recv().await.unwrap(), [&b""[..], b"ask"]);
@@ -266,12 +283,14 @@ fn a_requester_talks_like_a_req_socket() {
 #[test]
 fn an_inbox_takes_pushes_and_the_last_frame_of_dealers() {
     run(async {
-        let pull = Inbox::pull(PROXY_NAME, local()).await.unwrap();
+        let mut pull = Inbox::pull(PROXY_NAME, local(), &Protection::Plain)
+            .await
+            .unwrap();
         let mut raw = Peer::connect(pull.address(), Hello::of("PUSH"))
             .await
             .unwrap();
         raw.send(&[b"one"]).await.unwrap();
-        assert_eq!(single(&pull).await, "one");
+        assert_eq!(single(&mut pull).await, "one");
         raw.send(&[&b"two"[..], b"frames"]).await.unwrap();
         let frame = within("frames", pull.recv()).await.unwrap();
         assert!(
@@ -279,7 +298,7 @@ fn an_inbox_takes_pushes_and_the_last_frame_of_dealers() {
             "{frame:?}"
         );
 
-        let router = Inbox::router(local()).await.unwrap();
+        let mut router = Inbox::router(local()).await.unwrap();
         let mut raw = dealer(router.address().port(), "10.0.0.1:21001").await;
         raw.send(&[b"hello"]).await.unwrap();
         let frame = within("hello", router.recv()).await.unwrap();
@@ -294,14 +313,20 @@ fn an_inbox_takes_pushes_and_the_last_frame_of_dealers() {
 fn a_push_tells_our_proxy_from_lmcaches() {
     run(async {
         for (name, kind) in [(PROXY_NAME, Listener::Proxy), ("", Listener::Lmcache)] {
-            let inbox = Inbox::pull(name, local()).await.unwrap();
+            let mut inbox = Inbox::pull(name, local(), &Protection::Plain)
+                .await
+                .unwrap();
             let port = inbox.address().port();
-            let mut push = Push::connect("127.0.0.1", port).await.unwrap();
+            let mut push = Push::connect("127.0.0.1", port, &Protection::Plain)
+                .await
+                .unwrap();
             push.send(&b"x"[..]).unwrap();
-            assert_eq!(single(&inbox).await, "x");
+            assert_eq!(single(&mut inbox).await, "x");
             assert_eq!(push.listener().await, kind);
         }
-        let push = Push::connect("127.0.0.1", free_port()).await.unwrap();
+        let mut push = Push::connect("127.0.0.1", free_port(), &Protection::Plain)
+            .await
+            .unwrap();
         assert_eq!(push.listener().await, Listener::Nobody);
     });
 }
@@ -313,7 +338,7 @@ fn queued_messages_are_sent_after_the_end_of_a_socket() {
     const MESSAGES: u32 = 200;
     run(async {
         let mut server = server().await;
-        let client = DealerClient::connect("127.0.0.1", server.port(), "s")
+        let client = DealerClient::connect("127.0.0.1", server.port(), "s", &Protection::Plain)
             .await
             .unwrap();
         for i in 0..MESSAGES {
@@ -324,8 +349,8 @@ fn queued_messages_are_sent_after_the_end_of_a_socket() {
             assert_eq!(&message(&mut server).await.1[..], i.to_le_bytes());
         }
 
-        let inbox = Inbox::pull("", local()).await.unwrap();
-        let mut push = Push::connect("127.0.0.1", inbox.address().port())
+        let mut inbox = Inbox::pull("", local(), &Protection::Plain).await.unwrap();
+        let mut push = Push::connect("127.0.0.1", inbox.address().port(), &Protection::Plain)
             .await
             .unwrap();
         for i in 0..MESSAGES {
@@ -333,7 +358,7 @@ fn queued_messages_are_sent_after_the_end_of_a_socket() {
         }
         within("close", push.close()).await;
         for i in 0..MESSAGES {
-            assert_eq!(&single(&inbox).await[..], i.to_le_bytes());
+            assert_eq!(&single(&mut inbox).await[..], i.to_le_bytes());
         }
 
         let mut raw = dealer(server.port(), "raw").await;

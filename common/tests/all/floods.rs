@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::zmq::{DealerClient, FromPeer, Inbox, MAX_PEERS, SendError};
+use common::zmq::{DealerClient, FromPeer, Inbox, MAX_PEERS, Protection, SendError};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
@@ -36,7 +36,7 @@ fn a_peer_that_does_not_read_is_bounded_and_others_are_served() {
             "{taken} messages of 100 KB taken for a peer that does not read"
         );
         assert_eq!(count(&server, "unread"), u64::from(full));
-        let mut good = DealerClient::connect("127.0.0.1", port, "good")
+        let mut good = DealerClient::connect("127.0.0.1", port, "good", &Protection::Plain)
             .await
             .unwrap();
         good.send(&b"ping"[..]).unwrap();
@@ -51,7 +51,7 @@ fn connections_over_the_cap_push_out_the_silent_ones() {
     run_alone(async {
         let mut server = server().await;
         let port = server.port();
-        let mut honest = DealerClient::connect("127.0.0.1", port, "honest")
+        let mut honest = DealerClient::connect("127.0.0.1", port, "honest", &Protection::Plain)
             .await
             .unwrap();
         honest.send(&b"x"[..]).unwrap();
@@ -92,7 +92,7 @@ async fn flood(port: u16, kind: &'static str, connections: usize) -> Vec<TcpStre
 #[test]
 fn an_inbox_sheds_its_newest_connections() {
     run_alone(async {
-        let inbox = Inbox::pull("", local()).await.unwrap();
+        let mut inbox = Inbox::pull("", local(), &Protection::Plain).await.unwrap();
         let mut first = Peer::connect(inbox.address(), Hello::of("PUSH"))
             .await
             .unwrap();
@@ -109,7 +109,7 @@ fn an_inbox_sheds_its_newest_connections() {
         within("ten are shed", all).await;
         assert_eq!(shed, 10);
         first.send(&[b"still here"]).await.unwrap();
-        assert_eq!(single(&inbox).await, "still here");
+        assert_eq!(single(&mut inbox).await, "still here");
         drop(late);
     });
 }
@@ -133,9 +133,10 @@ fn a_flood_waits_in_the_connection_of_its_sender() {
             );
         }
         // Another peer is served while the flood is there.
-        let mut honest = DealerClient::connect("127.0.0.1", server.port(), "honest")
-            .await
-            .unwrap();
+        let mut honest =
+            DealerClient::connect("127.0.0.1", server.port(), "honest", &Protection::Plain)
+                .await
+                .unwrap();
         honest.send(&b"ping"[..]).unwrap();
         let served = async {
             loop {

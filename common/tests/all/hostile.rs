@@ -1,10 +1,14 @@
 //! Tests of peers that break the protocol, and of peers that try to take over the identity of
 //! another peer.
 
+#![allow(unreachable_pub, reason = "the program of the tests has no users")]
+
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use common::zmq::{DealerClient, FromPeer, HANDSHAKE_TIMEOUT, Inbox, MAX_ALLOC_BYTES, Requester};
+use common::zmq::{
+    DealerClient, FromPeer, HANDSHAKE_TIMEOUT, Inbox, MAX_ALLOC_BYTES, Protection, Requester,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -12,11 +16,11 @@ use crate::support::{
     answer, count, dealer, echo_until, local, message, resident_bytes, run, run_alone, server,
     single, within,
 };
-use crate::zmtp::{Hello, Peer, greeting};
+use crate::zmtp::{Hello, Io, Peer, greeting};
 
 /// Returns the bytes that hostile peers send, each with a name. The port must end each of these
 /// connections.
-fn attacks() -> Vec<(&'static str, Vec<u8>)> {
+pub fn attacks() -> Vec<(&'static str, Vec<u8>)> {
     let after_hello = |bytes: &[u8]| [&Hello::of("DEALER").bytes()[..], bytes].concat();
     let announced = |length: u64| after_hello(&[&[2u8][..], &length.to_be_bytes()].concat());
     let mut oversize = announced(MAX_ALLOC_BYTES as u64 + 1);
@@ -59,7 +63,12 @@ fn attacks() -> Vec<(&'static str, Vec<u8>)> {
 /// Sends bytes and returns when the port has ended the connection.
 async fn attack(port: u16, bytes: Vec<u8>) {
     let stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    let (mut reader, mut writer) = stream.into_split();
+    attack_over(stream, bytes).await;
+}
+
+/// Sends bytes over a stream and returns when the port has ended the connection.
+pub async fn attack_over(stream: impl Io + 'static, bytes: Vec<u8>) {
+    let (mut reader, mut writer) = tokio::io::split(stream);
     let write = tokio::spawn(async move {
         // The port may end the connection while the test still writes, so an error of the write is
         // no failure.
@@ -77,7 +86,7 @@ fn each_breach_ends_its_connection_and_no_other() {
         let mut server = server().await;
         let port = server.port();
         let work = async move {
-            let mut honest = DealerClient::connect("127.0.0.1", port, "honest")
+            let mut honest = DealerClient::connect("127.0.0.1", port, "honest", &Protection::Plain)
                 .await
                 .unwrap();
             let before = resident_bytes();
@@ -100,7 +109,7 @@ fn each_breach_ends_its_connection_and_no_other() {
 #[test]
 fn an_inbox_survives_the_same_breaches() {
     run_alone(async {
-        let inbox = Inbox::pull("", local()).await.unwrap();
+        let mut inbox = Inbox::pull("", local(), &Protection::Plain).await.unwrap();
         let mut honest = Peer::connect(inbox.address(), Hello::of("PUSH"))
             .await
             .unwrap();
@@ -115,7 +124,7 @@ fn an_inbox_survives_the_same_breaches() {
             let port = inbox.address().port();
             within(name, attack(port, bytes)).await;
             honest.send(&[name.as_bytes()]).await.unwrap();
-            assert_eq!(single(&inbox).await, name);
+            assert_eq!(single(&mut inbox).await, name);
             let grown = resident_bytes().saturating_sub(before);
             assert!(grown < 100 << 20, "{name}: {grown} bytes more");
         }
@@ -136,7 +145,7 @@ fn hostile_peers_leave_others_served_and_memory_bounded() {
             for _ in 0..300 {
                 silent.push(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
             }
-            let mut client = DealerClient::connect("127.0.0.1", port, "honest")
+            let mut client = DealerClient::connect("127.0.0.1", port, "honest", &Protection::Plain)
                 .await
                 .unwrap();
             for round in 0..200u32 {
@@ -144,7 +153,9 @@ fn hostile_peers_leave_others_served_and_memory_bounded() {
                 assert_eq!(&answer(&mut client).await[..], round.to_le_bytes());
             }
             // A new peer connects while the half-open connections still exist.
-            let mut late = Requester::connect("127.0.0.1", port).await.unwrap();
+            let mut late = Requester::connect("127.0.0.1", port, &Protection::Plain)
+                .await
+                .unwrap();
             let reply = within("late", late.request(&b"late"[..])).await.unwrap();
             assert_eq!(&reply[..], b"late");
             for attack in attacks {
@@ -178,7 +189,9 @@ fn half_open_connections_keep_nobody_out_and_end() {
             open.push(stream);
         }
         let newcomer = async {
-            let mut late = Requester::connect("127.0.0.1", port).await.unwrap();
+            let mut late = Requester::connect("127.0.0.1", port, &Protection::Plain)
+                .await
+                .unwrap();
             let reply = late.request(&b"late"[..]).await.unwrap();
             assert_eq!(reply, "late");
         };
@@ -205,7 +218,9 @@ fn a_storm_of_short_connections_costs_no_memory() {
                     stream.write_all(&Hello::of("DEALER").bytes()).await.ok();
                 }
             }
-            let mut late = Requester::connect("127.0.0.1", port).await.unwrap();
+            let mut late = Requester::connect("127.0.0.1", port, &Protection::Plain)
+                .await
+                .unwrap();
             let reply = within("late", late.request(&b"late"[..])).await.unwrap();
             assert_eq!(reply, "late");
         };
@@ -233,12 +248,12 @@ fn a_storm_of_short_connections_costs_no_memory() {
 fn an_identity_stays_with_the_connection_that_has_it() {
     run(async {
         let mut server = server().await;
-        let mut old = DealerClient::connect("127.0.0.1", server.port(), "name")
+        let mut old = DealerClient::connect("127.0.0.1", server.port(), "name", &Protection::Plain)
             .await
             .unwrap();
         old.send(&b"old"[..]).unwrap();
         let (old_route, _) = message(&mut server).await;
-        let new = DealerClient::connect("127.0.0.1", server.port(), "name")
+        let new = DealerClient::connect("127.0.0.1", server.port(), "name", &Protection::Plain)
             .await
             .unwrap();
         new.send(&b"new"[..]).unwrap();
@@ -263,7 +278,7 @@ fn an_identity_stays_with_the_connection_that_has_it() {
         let lost = within("loss", server.recv()).await.unwrap();
         assert_eq!(lost, FromPeer::Lost(old_route));
         drop(new);
-        let again = DealerClient::connect("127.0.0.1", server.port(), "name")
+        let again = DealerClient::connect("127.0.0.1", server.port(), "name", &Protection::Plain)
             .await
             .unwrap();
         again.send(&b"again"[..]).unwrap();

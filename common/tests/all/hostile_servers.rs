@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use common::zmq::{
-    DealerClient, FromServer, MAX_ALLOC_BYTES, MAX_INIT_BYTES, RequestError, Requester,
+    DealerClient, FromServer, MAX_ALLOC_BYTES, MAX_INIT_BYTES, Protection, RequestError, Requester,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -49,7 +49,9 @@ fn a_request_to_a_hostile_server_fails() {
         ];
         for (name, bytes) in servers {
             let port = serve(bytes).await;
-            let mut req = Requester::connect("127.0.0.1", port).await.unwrap();
+            let mut req = Requester::connect("127.0.0.1", port, &Protection::Plain)
+                .await
+                .unwrap();
             let reply = within(name, req.request(&b"ask"[..])).await;
             assert!(reply.is_err(), "{name}: {reply:?}");
         }
@@ -61,7 +63,9 @@ fn a_request_to_a_silent_server_fails_with_the_handshake() {
     run(async {
         let port = serve(Vec::new()).await;
         let began = Instant::now();
-        let mut req = Requester::connect("127.0.0.1", port).await.unwrap();
+        let mut req = Requester::connect("127.0.0.1", port, &Protection::Plain)
+            .await
+            .unwrap();
         let error = within("silent", req.request(&b"ask"[..]))
             .await
             .unwrap_err();
@@ -78,7 +82,9 @@ fn a_server_that_ends_the_connection_gives_no_reply() {
     run(async {
         let listener = TcpListener::bind(local()).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let mut req = Requester::connect("127.0.0.1", port).await.unwrap();
+        let mut req = Requester::connect("127.0.0.1", port, &Protection::Plain)
+            .await
+            .unwrap();
         let serve = async {
             let mut server = Peer::accept(&listener, Hello::of("ROUTER")).await.unwrap();
             server.recv().await.unwrap();
@@ -96,7 +102,9 @@ fn a_dealer_outlives_a_hostile_server() {
     run_alone(async {
         let listener = TcpListener::bind(local()).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let mut client = DealerClient::connect("127.0.0.1", port, "c").await.unwrap();
+        let mut client = DealerClient::connect("127.0.0.1", port, "c", &Protection::Plain)
+            .await
+            .unwrap();
         let before = resident_bytes();
         let announced = |length: u64| [&[2u8][..], &length.to_be_bytes()].concat();
         let breaches = [

@@ -85,13 +85,15 @@ fn a_changed_roster_and_a_changed_key_count_without_a_restart() {
         let load = || Identity::load(Auth::Require, &key, &roster);
         let error = load().unwrap_err();
         assert!(
-            error[0].contains("roster: cannot read the roster"),
+            error[0]
+                .to_string()
+                .contains("roster: cannot read the roster"),
             "{error:?}"
         );
         std::fs::write(&roster, "").unwrap();
         let error = load().unwrap_err();
         let cure = format!("add {first}: {{name: NAME, roles: [ROLE]}}");
-        assert!(error[0].contains(&cure), "{error:?}");
+        assert!(error[0].to_string().contains(&cure), "{error:?}");
 
         let line = |key| format!("{key}: {{name: a, roles: [sender]}}\n");
         std::fs::write(&roster, line(first)).unwrap();

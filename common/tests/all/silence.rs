@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use common::zmq::{DealerClient, FromPeer, FromServer, HEARTBEAT_TIMEOUT, Push};
+use common::zmq::{DealerClient, FromPeer, FromServer, HEARTBEAT_TIMEOUT, Protection, Push};
 use tokio::net::TcpListener;
 
 use crate::support::{dealer, local, message, run, server};
@@ -64,7 +64,9 @@ fn clients_find_a_server_that_fell_silent() {
     run(async {
         let listener = TcpListener::bind(local()).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let mut client = DealerClient::connect("127.0.0.1", port, "c").await.unwrap();
+        let mut client = DealerClient::connect("127.0.0.1", port, "c", &Protection::Plain)
+            .await
+            .unwrap();
         let mut server = Peer::accept(&listener, Hello::of("ROUTER")).await.unwrap();
         server.answers_heartbeats = false;
         let up = soon_lost(client.recv()).await.unwrap();
@@ -77,7 +79,9 @@ fn clients_find_a_server_that_fell_silent() {
 
         let proxy = TcpListener::bind(local()).await.unwrap();
         let port = proxy.local_addr().unwrap().port();
-        let mut push = Push::connect("127.0.0.1", port).await.unwrap();
+        let mut push = Push::connect("127.0.0.1", port, &Protection::Plain)
+            .await
+            .unwrap();
         let mut stopped = Peer::accept(&proxy, Hello::of("PULL")).await.unwrap();
         stopped.answers_heartbeats = false;
         soon_lost(stopped.closed()).await;

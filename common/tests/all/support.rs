@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use common::zmq::{
-    DealerClient, Frame, FromPeer, FromServer, Inbox, MAX_ALLOC_BYTES, RouterServer, SendError,
+    DealerClient, Frame, FromPeer, FromServer, Inbox, MAX_ALLOC_BYTES, Protection, RouterServer,
+    SendError,
 };
 use protocol::receiver::Route;
 
@@ -47,7 +48,7 @@ pub async fn within<T>(name: &str, future: impl Future<Output = T>) -> T {
 
 /// Binds an alloc port.
 pub async fn server() -> RouterServer {
-    RouterServer::bind("127.0.0.1", 0, MAX_ALLOC_BYTES)
+    RouterServer::bind("127.0.0.1", 0, MAX_ALLOC_BYTES, &Protection::Plain)
         .await
         .unwrap()
 }
@@ -82,7 +83,7 @@ pub async fn answer(client: &mut DealerClient) -> Bytes {
 }
 
 /// Returns the next message of an inbox. The message must have one frame.
-pub async fn single(inbox: &Inbox) -> Bytes {
+pub async fn single(inbox: &mut Inbox) -> Bytes {
     match within("inbox", inbox.recv()).await.unwrap() {
         Frame::Single(bytes) => bytes,
         other => panic!("{other:?}"),
@@ -91,8 +92,8 @@ pub async fn single(inbox: &Inbox) -> Bytes {
 
 /// Returns the value of a counter of a port.
 pub fn count(server: &RouterServer, name: &str) -> u64 {
-    let events = server.traffic().events();
-    let found = events.into_iter().find(|(event, _)| *event == name);
+    let traffic = server.traffic();
+    let found = traffic.events().find(|(event, _)| *event == name);
     found.expect("a name of an event").1
 }
 

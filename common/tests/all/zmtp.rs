@@ -8,13 +8,17 @@
 use std::io::{Error, ErrorKind, Result};
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
+
+/// A stream of bytes: TCP, or TLS on TCP.
+pub trait Io: AsyncRead + AsyncWrite + Unpin + Send + std::fmt::Debug {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + std::fmt::Debug> Io for T {}
 
 /// A connection after the ZeroMQ handshake.
 #[derive(Debug)]
 pub struct Peer {
-    stream: TcpStream,
+    stream: Box<dyn Io>,
     received: BytesMut,
     /// The properties in the other side's READY, as bytes.
     pub theirs: Vec<u8>,
@@ -67,17 +71,18 @@ impl Peer {
         Self::greet(listener.accept().await?.0, hello).await
     }
 
-    /// Makes a peer of a connection without a handshake.
-    pub fn raw(stream: TcpStream) -> Self {
+/// Makes a peer of a connection without a handshake.
+    pub fn raw(stream: impl Io + 'static) -> Self {
         Self {
-            stream,
+            stream: Box::new(stream),
             received: BytesMut::new(),
             theirs: Vec::new(),
             answers_heartbeats: true,
         }
     }
 
-    async fn greet(stream: TcpStream, hello: Hello<'_>) -> Result<Self> {
+    /// Completes the ZeroMQ handshake on a connected stream.
+    pub async fn greet(stream: impl Io + 'static, hello: Hello<'_>) -> Result<Self> {
         let mut peer = Self::raw(stream);
         peer.send_bytes(&hello.bytes()).await?;
         while peer.received.len() < GREETING_BYTES {
@@ -100,7 +105,8 @@ impl Peer {
 
     /// Sends bytes without any framing.
     pub async fn send_bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.stream.write_all(bytes).await
+        self.stream.write_all(bytes).await?;
+        self.stream.flush().await
     }
 
     /// Returns the frames of the next message. Answers the heartbeats that come before this message.

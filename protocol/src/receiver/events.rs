@@ -17,6 +17,42 @@ use crate::{EngineId, Epoch, Layout, LeaseId, Reason, SlotIndex};
 #[serde(transparent)]
 pub struct Route(pub u64);
 
+/// Name in the roster of the key that a connection has proved. A name in a message proves nothing.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Principal(pub String);
+
+/// The party to which a connection, and all that it causes, belongs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(in crate::receiver) enum Owner {
+    /// Nothing is known about the connection.
+    #[default]
+    Unknown,
+    /// The peer has proved no key. The IP address comes from the socket, because a peer could lie in its messages.
+    Host(String),
+    /// The peer has proved a key.
+    Principal(Principal),
+}
+
+impl Owner {
+    /// Returns the owner of a connection from this host without a key. An empty host is unknown.
+    pub(super) fn host(host: &str) -> Self {
+        match host {
+            "" => Self::Unknown,
+            host => Self::Host(host.to_owned()),
+        }
+    }
+
+    /// Returns false if this connection has proved a key of another party than `owner`, or if only one of the two has
+    /// proved a key. Without keys every connection may act, as the message's lease id is then the only proof.
+    pub(super) fn may_act_for(&self, owner: &Self) -> bool {
+        match (self, owner) {
+            (Self::Principal(_), _) | (_, Self::Principal(_)) => self == owner,
+            _ => true,
+        }
+    }
+}
+
 /// Identity of one start of a sender: its name and epoch.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SenderId {
@@ -108,6 +144,9 @@ pub enum Event {
         route: Route,
         /// IP address of the peer's host.
         host: String,
+        /// Owner of the key that the peer has proved. Absent: the peer has proved no key.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        principal: Option<Principal>,
     },
     /// The name of an LMCache peer is known. This event comes before the connection's first message
     /// without `x`. `id` begins with the peer's host and a `/`; the epoch is 0.

@@ -7,7 +7,7 @@ use rand::Rng;
 
 use super::reclaim::Blocked;
 use super::request::{Allocation, Chunk, Lease, Pending};
-use super::{Action, Receiver, SenderId, bounded};
+use super::{Action, Owner, Receiver, SenderId, bounded};
 use crate::message::{AllocResponse, AllocResponseX, More, ToSender};
 use crate::receiver::Route;
 use crate::{LeaseId, Reason, RequestId, VERSION};
@@ -74,7 +74,7 @@ impl Receiver {
         let mut blocked = false;
         let mut exposed = Exposed::default();
         // No later request may overtake a request that needs all its slots at once: otherwise that
-        // request could wait for ever. A request that exceeds its host's quota blocks no other
+        // request could wait for ever. A request that exceeds its party's quota blocks no other
         // request.
         for id in asks {
             match self.try_unparked(&id, blocked, &mut exposed) {
@@ -114,7 +114,7 @@ impl Receiver {
                 }
             }
             None if pending.park.is_some() => {}
-            None if pending.wanted > self.host_quota(&pending.host) => {
+            None if pending.wanted > self.quota(&pending.owner) => {
                 self.refuse_and_end(id, Reason::TooLarge);
             }
             None => {
@@ -152,8 +152,8 @@ impl Receiver {
         else {
             return Admission::Over;
         };
-        let (wanted, host) = (pending.wanted, pending.host.clone());
-        if exposed.to(&host, self) + wanted > self.host_quota(&host) {
+        let (wanted, owner) = (pending.wanted, pending.owner.clone());
+        if exposed.to(&owner, self) + wanted > self.quota(&owner) {
             return Admission::Waits;
         }
         if blocked || wanted > self.slots.free() as usize {
@@ -161,32 +161,35 @@ impl Receiver {
         }
         if let Some(lease) = self.lease_for(id, 0) {
             self.answer_windowed(id, lease);
-            exposed.add(&host, wanted);
+            exposed.add(&owner, wanted);
         }
         Admission::Over
     }
 
-    /// Returns the number of slots that one host may have for requests that are not parked. The
+    /// Returns the number of slots that one party may have for requests that are not parked. The
     /// quota is smaller than the buffer: any process that reaches the port can ask for slots under
     /// any name, and leave these slots quarantined for ever.
-    pub(super) fn host_quota(&self, host: &str) -> usize {
+    pub(super) fn quota(&self, owner: &Owner) -> usize {
         let total = self.slots.total();
-        let kept = if host.is_empty() { 0 } else { total / KEPT };
+        let kept = match owner {
+            Owner::Unknown => 0,
+            Owner::Host(_) | Owner::Principal(_) => total / KEPT,
+        };
         (total - kept) as usize
     }
 
-    /// Returns the number of slots that a host has for requests that are not parked, including
+    /// Returns the number of slots that a party has for requests that are not parked, including
     /// quarantined slots. Each call goes through all requests, so [`Exposed`] keeps the result.
-    fn host_usage(&self, host: &str) -> usize {
-        let quarantined = self.quarantine.values().filter(|q| q.host == host);
+    fn usage(&self, owner: &Owner) -> usize {
+        let quarantined = self.quarantine.values().filter(|q| q.owner == *owner);
         let quarantined: usize = quarantined.map(|q| q.slots.len()).sum();
         let unparked = self.requests.values().filter(|r| r.parked.is_none());
         let leases = unparked
             .filter_map(|r| r.lease())
-            .filter(|l| l.host == host);
+            .filter(|l| l.owner == *owner);
         let open = |chunk: &&Chunk| matches!(chunk, Chunk::Open { .. });
         let open: usize = leases.map(|l| l.chunks.iter().filter(open).count()).sum();
-        quarantined + open + self.lmcache.held_by(host)
+        quarantined + open + self.lmcache.held_by(owner)
     }
 
     /// Turns the held alloc request into a lease and returns the lease's id.
@@ -200,7 +203,7 @@ impl Receiver {
         };
         let Pending {
             route,
-            host,
+            owner,
             request: asked,
             x,
             ..
@@ -231,7 +234,7 @@ impl Receiver {
                 id: x.id,
                 epoch: x.epoch,
             },
-            host,
+            owner,
             transport: x.transport,
             seq: x.seq,
             keys: asked.keys,
@@ -375,27 +378,27 @@ impl Receiver {
     }
 }
 
-/// Number of slots per host, counted once per event. If every alloc request counted the slots
+/// Number of slots per party, counted once per event. If every alloc request counted the slots
 /// again, the time per event would grow with the square of the number of requests.
 #[derive(Debug, Default)]
 pub(super) struct Exposed {
-    hosts: HashMap<String, usize>,
+    parties: HashMap<Owner, usize>,
 }
 
 impl Exposed {
-    /// Returns the number of slots that a host has. The first call counts the slots.
-    pub(super) fn to(&mut self, host: &str, receiver: &Receiver) -> usize {
-        if let Some(&slots) = self.hosts.get(host) {
+    /// Returns the number of slots that a party has. The first call counts the slots.
+    pub(super) fn to(&mut self, owner: &Owner, receiver: &Receiver) -> usize {
+        if let Some(&slots) = self.parties.get(owner) {
             return slots;
         }
-        let slots = receiver.host_usage(host);
-        self.hosts.insert(host.to_owned(), slots);
+        let slots = receiver.usage(owner);
+        self.parties.insert(owner.clone(), slots);
         slots
     }
 
-    /// Adds slots that the host has just got.
-    pub(super) fn add(&mut self, host: &str, slots: usize) {
-        *self.hosts.entry(host.to_owned()).or_default() += slots;
+    /// Adds slots that the party has just got.
+    pub(super) fn add(&mut self, owner: &Owner, slots: usize) {
+        *self.parties.entry(owner.clone()).or_default() += slots;
     }
 }
 
@@ -404,14 +407,14 @@ impl Exposed {
 enum Admission {
     /// The request has got its slots, or needs no slots any more.
     Over,
-    /// The request waits for its host's quota. Later requests of other hosts do not wait for this
+    /// The request waits for its party's quota. Later requests of other parties do not wait for this
     /// request.
     Waits,
     /// The request waits for free slots. No later request may overtake it.
     Blocks,
 }
 
-/// Divisor of the reserve: the unparked requests of one host must leave 1/16 of the buffer to
+/// Divisor of the reserve: the unparked requests of one party must leave 1/16 of the buffer to
 /// others. This reserve is enough for parked requests to make progress. A buffer of fewer than 16
 /// slots has no reserve.
 const KEPT: u32 = 16;

@@ -36,7 +36,7 @@ use rand::Rng;
 use super::ended::Heard;
 use super::grant::Exposed;
 use super::reclaim::Blocked;
-use super::{Action, Quarantine, Receiver, Route, SenderId};
+use super::{Action, Owner, Quarantine, Receiver, Route, SenderId};
 use crate::message::{AllocRequest, AllocResponse, CancelNotif, ToSender};
 use crate::record::Record;
 use crate::{Epoch, LeaseId, Reason, RequestId, SlotIndex, Time};
@@ -112,7 +112,7 @@ impl Receiver {
         let (sender, linked) = self.lmcache.name(route);
         let chunks = u32::try_from(request.keys.len()).unwrap_or(u32::MAX);
         let all = chunks.max(request.total_chunks);
-        let host = sender.host().to_owned();
+        let owner = sender.owner();
         let refusal = if request.keys.is_empty() {
             return self.answer(route, Vec::new(), 0);
         } else if !self.fits(&request) {
@@ -121,9 +121,9 @@ impl Receiver {
             Reason::StaleEpoch
         } else if self.draining {
             Reason::Draining
-        } else if all as usize > self.host_quota(&host) {
+        } else if all as usize > self.quota(&owner) {
             Reason::TooLarge
-        } else if self.lent_and_lost_by(&host) > self.config.max_quarantined as usize {
+        } else if self.lent_and_lost_by(&owner) > self.config.max_quarantined as usize {
             Reason::Quarantined
         } else if self.lmcache.asks.len() >= self.config.max_requests {
             Reason::Busy
@@ -185,20 +185,18 @@ impl Receiver {
                 Some(_) => want.saturating_sub(reserved),
                 None => want.max(ask.request.total_chunks as usize),
             };
-            let host = ask.sender.host();
+            let owner = ask.sender.owner();
             // A request that exceeds its host's quota must not block the requests of other hosts.
-            let waits = beyond > 0 && exposed.to(host, self) + beyond > self.host_quota(host);
+            let waits = beyond > 0 && exposed.to(&owner, self) + beyond > self.quota(&owner);
             if beyond == 0 || !(waits || blocked || beyond > self.slots.free() as usize) {
                 let number = self.grant_loan(&ask, loan);
-                exposed.add(host, beyond);
+                exposed.add(&owner, beyond);
                 named.extend(name.map(|name| (name, number)));
             } else {
-                lacks.get_or_insert_with(|| {
-                    if waits {
-                        Blocked::Share(host.to_owned())
-                    } else {
-                        Blocked::Room
-                    }
+                lacks.get_or_insert(if waits {
+                    Blocked::Share(owner)
+                } else {
+                    Blocked::Room
                 });
                 blocked |= !waits;
                 self.lmcache.asks.push_back(ask);
@@ -343,8 +341,8 @@ impl Receiver {
     }
 
     /// Returns the number of quarantined slots of one host's LMCache senders.
-    fn lent_and_lost_by(&self, host: &str) -> usize {
-        let of_host = |q: &&Quarantine| q.sender.is_lmcache() && q.sender.host() == host;
+    fn lent_and_lost_by(&self, owner: &Owner) -> usize {
+        let of_host = |q: &&Quarantine| q.sender.is_lmcache() && q.owner == *owner;
         let all = self.quarantine.values().filter(of_host);
         all.map(|q| q.slots.len()).sum()
     }
@@ -403,8 +401,8 @@ impl Lmcache {
     }
 
     /// Returns the number of slots that are lent to or reserved for one host's senders.
-    pub(super) fn held_by(&self, host: &str) -> usize {
-        let loans = self.loans.values().filter(|l| l.sender.host() == host);
+    pub(super) fn held_by(&self, owner: &Owner) -> usize {
+        let loans = self.loans.values().filter(|l| l.sender.owner() == *owner);
         loans.map(|l| l.chunks.len() + l.reserved.len()).sum()
     }
 
@@ -435,8 +433,9 @@ impl SenderId {
         self.epoch == Epoch(0)
     }
 
-    pub(super) fn host(&self) -> &str {
-        self.id.split('/').next().unwrap_or_default()
+    /// Returns the party of an LMCache sender: its host, because LMCache has no keys.
+    pub(super) fn owner(&self) -> Owner {
+        Owner::host(self.id.split('/').next().unwrap_or_default())
     }
 }
 

@@ -51,7 +51,8 @@ use crate::slots::Slots;
 use crate::{EngineId, LeaseId, Reason, RequestId, SlotIndex, Time};
 
 use ended::Ended;
-pub use events::{Action, Config, Event, Gauges, Route, SenderId, Unchecked};
+use events::Owner;
+pub use events::{Action, Config, Event, Gauges, Principal, Route, SenderId, Unchecked};
 use fetch::Fetches;
 use lmcache::Lmcache;
 use reclaim::Readers;
@@ -66,9 +67,8 @@ pub struct Receiver {
     slots: Slots,
     requests: BTreeMap<RequestId, Request>,
     leases: BTreeMap<LeaseId, RequestId>,
-    /// IP address of each connection's peer. The address comes from the socket, because a peer
-    /// could lie in its messages.
-    hosts: BTreeMap<Route, String>,
+    /// The party to which each connection belongs.
+    owners: BTreeMap<Route, Owner>,
     /// Requests that wait for slots, in the order in which they began to wait.
     waiting: VecDeque<RequestId>,
     quarantine: BTreeMap<LeaseId, Quarantine>,
@@ -90,7 +90,7 @@ pub struct Receiver {
 #[derive(Debug)]
 struct Quarantine {
     sender: SenderId,
-    host: String,
+    owner: Owner,
     slots: Vec<SlotIndex>,
 }
 
@@ -103,7 +103,7 @@ impl Receiver {
             slots: Slots::new(config.slots),
             requests: BTreeMap::new(),
             leases: BTreeMap::new(),
-            hosts: BTreeMap::new(),
+            owners: BTreeMap::new(),
             waiting: VecDeque::new(),
             quarantine: BTreeMap::new(),
             ended: Ended::default(),
@@ -124,7 +124,14 @@ impl Receiver {
         match event {
             Event::Peer { route, message } => self.on_message(route, message),
             Event::PeerLost { route } => self.on_peer_lost(route),
-            Event::Connected { route, host } => drop(self.hosts.insert(route, host)),
+            Event::Connected {
+                route,
+                host,
+                principal,
+            } => {
+                let owner = principal.map_or_else(|| Owner::host(&host), Owner::Principal);
+                self.owners.insert(route, owner);
+            }
             Event::Introduced {
                 route,
                 sender,
@@ -201,19 +208,24 @@ impl Receiver {
 
     /// Returns true if [`Event::Connected`] has come for a connection.
     pub fn is_connected(&self, route: Route) -> bool {
-        self.hosts.contains_key(&route)
+        self.owners.contains_key(&route)
     }
 
-    /// Returns the IP address of a connection's peer; empty if it is unknown.
-    fn host_of(&self, route: Route) -> String {
-        self.hosts.get(&route).cloned().unwrap_or_default()
+    /// Returns the party to which a connection belongs.
+    fn owner_of(&self, route: Route) -> Owner {
+        self.owners.get(&route).cloned().unwrap_or_default()
     }
 
-    /// Returns the number of quarantined slots that one sender caused.
-    fn quarantined_by(&self, sender: &str) -> usize {
+    /// Returns the number of quarantined slots that one sender caused. A sender that has proved a key is known by its
+    /// principal, because it may use any name for its ranks.
+    fn quarantined_by(&self, sender: &str, owner: &Owner) -> usize {
+        let is_of = |q: &&Quarantine| match owner {
+            Owner::Principal(_) => q.owner == *owner,
+            Owner::Host(_) | Owner::Unknown => q.sender.id == sender,
+        };
         self.quarantine
             .values()
-            .filter(|q| q.sender.id == sender)
+            .filter(is_of)
             .map(|q| q.slots.len())
             .sum()
     }

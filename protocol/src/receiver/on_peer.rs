@@ -2,7 +2,7 @@
 
 use super::ended::Question;
 use super::request::{Allocation, Chunk, Pending, Request};
-use super::{Receiver, Route, SenderId, Unchecked, bounded};
+use super::{Owner, Receiver, Route, SenderId, Unchecked, bounded};
 use crate::message::{
     Ack, AllocRequest, AllocResponse, AllocResponseX, AllocX, CancelNotif, Extend, Slots,
     ToReceiver, ToSender, Unwanted, Written,
@@ -28,15 +28,15 @@ impl Receiver {
             self.on_borrow(route, asked);
             return;
         };
-        let (id, host) = (RequestId(asked.req_id.clone()), self.host_of(route));
+        let (id, owner) = (RequestId(asked.req_id.clone()), self.owner_of(route));
         match self.requests.get_mut(&id).map(|r| &mut r.allocation) {
             Some(Allocation::Leased(lease))
                 if lease.seq == x.seq
                     && lease.sender.id == x.id
                     && lease.sender.epoch == x.epoch
                     // The answer contains the lease's id, and has one entry per key. So a repeated
-                    // alloc request must come from the same host and have the same number of keys.
-                    && lease.host == host
+                    // alloc request must come from the same party and have the same number of keys.
+                    && lease.owner == owner
                     && lease.keys.len() == asked.keys.len() =>
             {
                 lease.route = route;
@@ -47,7 +47,7 @@ impl Receiver {
                 if pending.x.seq == x.seq
                     && pending.x.id == x.id
                     && pending.x.epoch == x.epoch
-                    && pending.host == host =>
+                    && pending.owner == owner =>
             {
                 pending.route = route;
                 return;
@@ -56,15 +56,15 @@ impl Receiver {
         }
         // The sender is reachable, so the receiver asks the sender which quarantined slots are
         // free. The sender's answer may free slots.
-        self.ask_about_quarantined(route, &host, &x);
-        if let Err(reason) = self.admit(&id, &asked, &x, route, &host) {
+        self.ask_about_quarantined(route, &owner, &x);
+        if let Err(reason) = self.admit(&id, &asked, &x, route, &owner) {
             self.send_refusal(route, x.seq, asked.keys.len(), reason);
             return;
         }
         let park = (x.park_ms > 0).then(|| self.now + bounded(x.park_ms, self.config.max_wait));
         let wait = self.now + bounded(x.wait_ms, self.config.max_wait);
         let wanted = self.chunking.plan(x.tokens, 0).wanted();
-        self.make_way(&id, |old| gives_way_to_question(old, &host));
+        self.make_way(&id, |old| gives_way_to_question(old, &owner));
         let request = self
             .requests
             .entry(id.clone())
@@ -72,7 +72,7 @@ impl Receiver {
         request.heard.question = Some(Question::of(&x));
         request.allocation = Allocation::Pending(Pending {
             route,
-            host,
+            owner,
             request: asked,
             x,
             wanted,
@@ -101,15 +101,15 @@ impl Receiver {
     }
 
     /// Asks a sender that is reachable again how the writes of its quarantined leases ended. The
-    /// receiver asks only about leases of the same host. If the receiver asked about leases of
-    /// other hosts, a process could use another sender's name, learn the id of that sender's lease
+    /// receiver asks only about leases of the same party. If the receiver asked about leases of
+    /// others, a process could use another sender's name, learn the id of that sender's lease
     /// and free the lease's slots.
-    fn ask_about_quarantined(&mut self, route: Route, host: &str, x: &AllocX) {
+    fn ask_about_quarantined(&mut self, route: Route, owner: &Owner, x: &AllocX) {
         let of_sender = |s: &SenderId| s.id == x.id && s.epoch == x.epoch;
         let leases: Vec<LeaseId> = self
             .quarantine
             .iter()
-            .filter(|(_, q)| of_sender(&q.sender) && q.host == host)
+            .filter(|(_, q)| of_sender(&q.sender) && q.owner == *owner)
             .map(|(lease, _)| *lease)
             .collect();
         for lease in leases {
@@ -129,7 +129,7 @@ impl Receiver {
         asked: &AllocRequest,
         x: &AllocX,
         route: Route,
-        host: &str,
+        owner: &Owner,
     ) -> Result<(), Reason> {
         if x.to_epoch != self.config.epoch {
             return Err(Reason::StaleEpoch);
@@ -141,7 +141,7 @@ impl Receiver {
         if let Some(reason) = self.ended.asked(id, &Question::of(x), self.now) {
             return Err(reason);
         }
-        if self.quarantined_by(&x.id) > self.config.max_quarantined as usize {
+        if self.quarantined_by(&x.id, owner) > self.config.max_quarantined as usize {
             return Err(Reason::Quarantined);
         }
         match self.requests.get(id) {
@@ -150,17 +150,17 @@ impl Receiver {
                 lent,
                 ..
             }) if lent.is_empty() => Ok(()),
-            Some(old) if gives_way_to_question(old, host) => Ok(()),
+            Some(old) if gives_way_to_question(old, owner) => Ok(()),
             Some(_) => Err(Reason::Duplicate),
             None if self.draining => Err(Reason::Draining),
-            None if self.is_full_for(route, host) => Err(Reason::Busy),
+            None if self.is_full_for(route, owner) => Err(Reason::Busy),
             None => Ok(()),
         }
     }
 
-    /// Returns true if the table of requests is full, or if this connection or its host has reached
-    /// its quota. The quota keeps room for other senders and for parked requests.
-    fn is_full_for(&self, route: Route, host: &str) -> bool {
+    /// Returns true if the table of requests is full, or if this connection or its party has
+    /// reached its quota. The quota keeps room for other senders and for parked requests.
+    fn is_full_for(&self, route: Route, owner: &Owner) -> bool {
         let max = self.config.max_requests;
         if self.requests.len() >= max {
             return true;
@@ -169,27 +169,32 @@ impl Receiver {
         for request in self.requests.values().filter(|r| r.parked.is_none()) {
             let from = match &request.allocation {
                 Allocation::None => continue,
-                Allocation::Pending(pending) => (pending.route, &pending.host),
-                Allocation::Leased(lease) => (lease.route, &lease.host),
+                Allocation::Pending(pending) => (pending.route, &pending.owner),
+                Allocation::Leased(lease) => (lease.route, &lease.owner),
             };
             connection += usize::from(from.0 == route);
-            all += usize::from(*from.1 == *host);
+            all += usize::from(from.1 == owner);
         }
-        // One connection may have half of the table, and one host may have three quarters of the
+        // One connection may have half of the table, and one party may have three quarters of the
         // table.
-        connection * 2 >= max || (!host.is_empty() && all * 4 >= max * 3)
+        connection * 2 >= max || (*owner != Owner::Unknown && all * 4 >= max * 3)
     }
 
     /// Returns the request of a lease of this epoch, and extends the lease's deadline. For an
-    /// unknown lease, answers `Unwanted` and returns `None`.
+    /// unknown lease, and for the lease of another principal, answers `Unwanted` and returns
+    /// `None`: a member of the roster must not learn whether another member's lease exists.
     fn leased(&mut self, route: Route, lease: LeaseId, epoch: Epoch) -> Option<RequestId> {
         let now = self.now;
+        let owner = self.owner_of(route);
         let id = self
             .leases
             .get(&lease)
             .filter(|_| epoch == self.config.epoch);
         let found = id.cloned().and_then(|id| {
             let lease = self.requests.get_mut(&id)?.lease_mut()?;
+            if !owner.may_act_for(&lease.owner) {
+                return None;
+            }
             lease.route = route;
             if !lease.is_written() {
                 lease.deadline = now + lease.term;
@@ -226,7 +231,7 @@ impl Receiver {
     /// Handles the report that chunks are written: closes their slots, tells the engine and
     /// acknowledges the report.
     fn on_written(&mut self, route: Route, written: &Written) {
-        if self.quarantine.contains_key(&written.lease) {
+        if self.may_free(route, written.lease) {
             // The sender reports that these writes have ended, so no write can still arrive in
             // their slots.
             let named = set(&written.indexes);
@@ -275,12 +280,13 @@ impl Receiver {
     /// Returns the chunks of a `Written` message whose checksums must be compared. These are the
     /// open chunks that the message names with their granted slots. Each chunk is returned once,
     /// even if the message repeats the chunk. So the receiver computes at most one checksum per
-    /// granted slot, and a peer cannot cause unlimited work.
-    pub fn unchecked(&self, written: &Written) -> Vec<Unchecked> {
+    /// granted slot, and a peer cannot cause unlimited work. The message of another principal than
+    /// the lease's has no such chunks: its wrong sums would end the lease.
+    pub fn unchecked(&self, route: Route, written: &Written) -> Vec<Unchecked> {
         let id = self
             .leases
             .get(&written.lease)
-            .filter(|_| written.epoch == self.config.epoch);
+            .filter(|id| written.epoch == self.config.epoch && self.is_holder(route, id));
         let request = id.and_then(|id| self.requests.get(id));
         let Some(lease) = request.and_then(Request::lease) else {
             return Vec::new();
@@ -340,8 +346,12 @@ impl Receiver {
             let named = set(&x.dirty);
             let dirty = |slot: crate::SlotIndex| named.contains(&slot.0);
             if x.epoch == self.config.epoch {
-                self.unquarantine(x.lease, |slot| !dirty(slot));
-                if let Some(id) = self.leases.get(&x.lease).cloned() {
+                if self.may_free(route, x.lease) {
+                    self.unquarantine(x.lease, |slot| !dirty(slot));
+                }
+                if let Some(id) = self.leases.get(&x.lease).cloned()
+                    && self.is_holder(route, &id)
+                {
                     self.end_lease(&id, x.reason, dirty);
                 }
             }
@@ -365,10 +375,24 @@ impl Receiver {
         }
     }
 
+    /// Returns true if a lease is quarantined and the connection may say that its writes have ended.
+    fn may_free(&self, route: Route, lease: LeaseId) -> bool {
+        let owner = self.owner_of(route);
+        let quarantine = self.quarantine.get(&lease);
+        quarantine.is_some_and(|q| owner.may_act_for(&q.owner))
+    }
+
+    /// Returns true if the connection may act for the sender that has a lease on this request.
+    fn is_holder(&self, route: Route, id: &RequestId) -> bool {
+        let lease = self.requests.get(id).and_then(Request::lease);
+        let owner = self.owner_of(route);
+        lease.is_some_and(|lease| owner.may_act_for(&lease.owner))
+    }
+
     /// Ends all requests of a sender whose connection is lost.
     pub(super) fn on_peer_lost(&mut self, route: Route) {
         self.lmcache.lost(route);
-        self.hosts.remove(&route);
+        self.owners.remove(&route);
         let lost: Vec<RequestId> = self
             .requests
             .iter()
@@ -388,9 +412,9 @@ impl Receiver {
 /// Returns true if a new alloc request with the same id may replace an old request. An old request
 /// that is not wanted any more may be replaced. An old request may also be replaced if its chunks
 /// are all written, no decode request has asked for them, and the new alloc request comes from the
-/// same host.
-fn gives_way_to_question(old: &Request, host: &str) -> bool {
-    let idle = |lease: &super::Lease| lease.idle.is_some() && lease.host == host;
+/// same party.
+fn gives_way_to_question(old: &Request, owner: &Owner) -> bool {
+    let idle = |lease: &super::Lease| lease.idle.is_some() && lease.owner == *owner;
     let lease = old.lease().filter(|_| old.parked.is_none());
     old.lent.is_empty() && lease.is_some_and(|lease| lease.end_reason.is_some() || idle(lease))
 }

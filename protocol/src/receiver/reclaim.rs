@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Receiver, SenderId};
+use super::{Owner, Receiver, SenderId};
 use crate::receiver::request::{Allocation, Request};
 use crate::{Reason, RequestId, Time};
 
@@ -50,8 +50,8 @@ impl Readers {
 pub(super) enum Blocked {
     /// Free slots.
     Room,
-    /// Slots within the quota of this host.
-    Share(String),
+    /// Slots within the quota of this party.
+    Share(Owner),
 }
 
 impl Receiver {
@@ -61,14 +61,14 @@ impl Receiver {
         let now = self.now;
         let lease = match blocked {
             Blocked::Room => self.idle_leases().min().filter(|(at, _)| *at <= now),
-            // The quota of a host counts only slots that are lent or open for writes. Written slots
+            // The quota of a party counts only slots that are lent or open for writes. Written slots
             // of a lease do not count, so the receiver frees none of them for a quota.
             Blocked::Share(_) => None,
         };
         let loans = self.lmcache.idle(&self.readers);
         let loan = loans
-            .filter(|(_, _, host)| {
-                *blocked == Blocked::Room || *blocked == Blocked::Share((*host).to_owned())
+            .filter(|(_, _, owner)| {
+                *blocked == Blocked::Room || *blocked == Blocked::Share(owner.clone())
             })
             .map(|(at, number, _)| (at, number))
             .min()

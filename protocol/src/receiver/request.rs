@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::ended::Heard;
-use super::{Route, SenderId};
+use super::{Owner, Route, SenderId};
 use crate::message::{AllocRequest, AllocX};
 use crate::plan::{Chunking, Plan};
 use crate::record::Record;
@@ -55,8 +55,7 @@ pub(super) enum Allocation {
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) route: Route,
-    /// IP address of the sender's host; empty if it is unknown.
-    pub(super) host: String,
+    pub(super) owner: Owner,
     pub(super) request: AllocRequest,
     pub(super) x: AllocX,
     /// Number of slots that the request needs if the decode side has no tokens.
@@ -74,8 +73,7 @@ pub(super) struct Lease {
     pub(super) id: LeaseId,
     pub(super) route: Route,
     pub(super) sender: SenderId,
-    /// IP address of the sender's host; empty if it is unknown.
-    pub(super) host: String,
+    pub(super) owner: Owner,
     pub(super) transport: String,
     /// Sequence number of the alloc request that this lease answers.
     pub(super) seq: u64,

@@ -141,7 +141,7 @@ impl Receiver {
             }
         }
         let (lease_id, sender) = (lease.id, lease.sender.clone());
-        let host = lease.host.clone();
+        let owner = lease.owner.clone();
         let transport = lease.transport.clone();
         lease.end_reason.get_or_insert(reason);
         request.record.reason.get_or_insert(reason);
@@ -159,7 +159,7 @@ impl Receiver {
                 lease_id,
                 Quarantine {
                     sender: sender.clone(),
-                    host,
+                    owner,
                     slots: quarantined,
                 },
             );

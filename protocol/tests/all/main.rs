@@ -17,6 +17,7 @@ mod lmcache_groups;
 mod lmcache_receivers;
 mod lmcache_senders;
 mod plans;
+mod principals;
 mod replay;
 mod reservations;
 mod setup;

@@ -39,7 +39,11 @@ impl Port {
         };
         for (route, host) in [(1, "10.0.0.66"), (2, "10.0.0.2"), (3, "10.0.0.66")] {
             let (route, host) = (Route(route), host.to_owned());
-            port.feed(Event::Connected { route, host });
+            port.feed(Event::Connected {
+                route,
+                host,
+                principal: None,
+            });
         }
         port
     }

@@ -76,17 +76,21 @@ fn a_slot_is_summed_once_a_grant_however_often_a_message_names_it() {
                 .expect("a plain layout"),
         sum: 0,
     };
-    let asked = d.unchecked(&written);
+    let asked = d.unchecked(Route(1), &written);
     assert_eq!(asked, [sum(0), sum(1)], "{} sums of 2 slots", asked.len());
     let elsewhere = Written {
         epoch: Epoch(99),
         ..written.clone()
     };
-    assert_eq!(d.unchecked(&elsewhere), []);
+    assert_eq!(d.unchecked(Route(1), &elsewhere), []);
     let message = ToReceiver::Written(written.clone());
     let route = ROUTE;
     d.handle(Time(2), Event::Peer { route, message });
-    assert_eq!(d.unchecked(&written), [], "they are written by now");
+    assert_eq!(
+        d.unchecked(Route(1), &written),
+        [],
+        "they are written by now"
+    );
 }
 
 /// After one wrong checksum the other chunks are not wanted, so the receiver computes no further
@@ -103,5 +107,5 @@ fn a_lease_that_nobody_wants_is_not_summed() {
         sums: vec![0, 0],
         ..Written::example()
     };
-    assert_eq!(d.unchecked(&written), []);
+    assert_eq!(d.unchecked(Route(1), &written), []);
 }

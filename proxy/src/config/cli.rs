@@ -9,6 +9,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 
 use crate::config::addresses::Addresses;
 use crate::config::announce::metadata;
+use crate::config::keys::{Command, Keys};
 use crate::fleet::base_url::BaseUrl;
 use crate::fleet::load::Breaker;
 use crate::fleet::registry::ANSWER_VALID;
@@ -35,11 +36,20 @@ pub(crate) use model_rules::ModelRules;
 /// instance, and this instance streams the answer (decode). If no transfer is possible, the decode
 /// instance computes the whole request.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "pd-proxy", version, after_long_help = AFTER_HELP, max_term_width = 100)]
+#[command(name = "pd-proxy", version, after_long_help = AFTER_HELP, max_term_width = 100,
+          args_conflicts_with_subcommands = true)]
 pub struct Config {
     /// Addresses of the ports.
     #[command(flatten)]
     pub addresses: Addresses,
+
+    /// A task other than to run the proxy.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// The key of this process, and the sidecars that may register.
+    #[command(flatten)]
+    pub keys: Keys,
 
     /// Maximum number of requests in flight; further requests get 429.
     #[arg(long, env = "PD_PROXY_MAX_IN_FLIGHT", default_value_t = 1024, value_name = "N",
@@ -290,6 +300,7 @@ impl Config {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.access.problems();
         problems.extend(self.sources.named().err().unwrap_or_default());
+        problems.extend(self.keys.identity().err().unwrap_or_default());
         problems.extend(self.tls.acceptor().err().map(|e| e.to_string()));
         let connector = self.tls.connector(HttpConnector::new());
         problems.extend(connector.err().map(|e| e.to_string()));

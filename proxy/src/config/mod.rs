@@ -3,3 +3,4 @@
 pub(crate) mod addresses;
 pub(crate) mod announce;
 pub(crate) mod cli;
+pub(crate) mod keys;

@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 
-use common::zmq::{self, Closed, Inbox};
+use common::identity::{Identity, Role};
+use common::zmq::{self, Closed, Inbox, Protection};
 use protocol::registration::PROXY_NAME;
 
 /// Error of a registration port: the port cannot be opened, or it has failed.
@@ -25,8 +26,12 @@ pub enum PortError {
 ///
 /// # Errors
 /// The address is in use, does not belong to this host, or is not permitted.
-pub(crate) async fn bind(address: SocketAddr) -> Result<Inbox, PortError> {
-    let port = Inbox::pull(PROXY_NAME, address).await;
+pub(crate) async fn bind(
+    address: SocketAddr,
+    identity: Option<&Identity>,
+) -> Result<Inbox, PortError> {
+    let protection = Protection::of(identity, &[Role::Sender, Role::Receiver]);
+    let port = Inbox::pull(PROXY_NAME, address, &protection).await;
     port.map_err(|error| failed(address, error))
 }
 

@@ -124,7 +124,7 @@ impl Registration {
                     News::Instances
                 }
                 frame = self.inputs.port.recv() => self.take(frame?),
-                frame = heard(self.inputs.p2p.as_ref()) => self.on_p2p_hello(frame?),
+                frame = heard(self.inputs.p2p.as_mut()) => self.on_p2p_hello(frame?),
             };
             if news == News::Instances {
                 self.settle();
@@ -289,7 +289,7 @@ fn state(instance: &Instance) -> usize {
 }
 
 /// Receives the next frame of a port. Waits forever if there is no port.
-async fn heard(port: Option<&Inbox>) -> Result<Frame, PortError> {
+async fn heard(port: Option<&mut Inbox>) -> Result<Frame, PortError> {
     match port {
         Some(port) => Ok(port.recv().await?),
         None => std::future::pending().await,

@@ -13,6 +13,7 @@ pub(crate) mod write_timeout;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use common::identity::Identity;
 use tokio::net::TcpListener;
 use tokio::select;
 use tokio::sync::{mpsc, watch};
@@ -37,6 +38,8 @@ use crate::upstream::tls::TlsError;
 
 /// A proxy with both ports open.
 pub struct Proxy {
+    /// The key of this process and the roster; absent if no sidecar proves a key.
+    identity: Option<Identity>,
     app: Arc<App>,
     listener: TcpListener,
     listen: SocketAddr,
@@ -110,7 +113,8 @@ impl Proxy {
         let failed = |source| BindError::Http { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let listen = listener.local_addr().map_err(failed)?;
-        let port = ports::bind(config.addresses.registration()).await?;
+        let identity = config.keys.identity().map_err(BindError::Instances)?;
+        let port = ports::bind(config.addresses.registration(), identity.as_ref()).await?;
         // The registration task and the requests communicate over these channels.
         let (published, instances) = watch::channel(Instances::from([]));
         let (suspects, suspected) = mpsc::channel(MAX_SUSPECTS);
@@ -143,6 +147,7 @@ impl Proxy {
         Ok(Self {
             kv_events: KvEvents::new(Arc::clone(&app), questioned),
             registration: Registration::new(Arc::clone(&app), inputs, published, configured),
+            identity,
             app,
             listener,
             listen,
@@ -191,6 +196,17 @@ impl Proxy {
             Ok(())
         });
         tasks.spawn(registration);
+        if let Some(identity) = self.identity {
+            let closing = closing.clone();
+            tasks.spawn(async move {
+                tokio::select! {
+                    biased;
+                    () = closing.cancelled() => {}
+                    () = identity.follow() => {}
+                }
+                Ok(())
+            });
+        }
         if !app.config.kv_events.is_empty() {
             let (kv_events, closing) = (self.kv_events, closing.clone());
             tasks.spawn(async {

@@ -1,6 +1,7 @@
 //! Makes the configuration in use from the values that the user gave. Computes the defaults that depend on
 //! other keys, and checks that all values fit together.
 
+mod identity;
 mod listen;
 mod proxy;
 mod times;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 
 use tracing_subscriber::EnvFilter;
 
+use self::identity::{identity, is_own_name};
 use self::listen::{exposed, fetch, fetch_ports, listen};
 use self::proxy::{admin_host, proxy};
 use self::times::times;
@@ -66,7 +68,8 @@ pub(crate) fn config(
     );
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     let ucx = ucx(layers, inputs, lmcache, sidecar, mooncake);
-    // Peers are not authenticated, so a port that other machines can reach needs the user's consent.
+    let identity = identity(layers, sidecar, role);
+    // Data is not authenticated, so a port that other machines can reach needs the user's consent.
     exposed(
         layers,
         lmcache,
@@ -75,7 +78,10 @@ pub(crate) fn config(
         fetch.as_ref(),
         ucx.as_ref(),
     );
-    let id = id(layers, inputs, sidecar, role, &admin);
+    let id = match &identity {
+        Some(identity) => is_own_name(layers, sidecar, identity),
+        None => id(layers, inputs, sidecar, role, &admin),
+    };
     let socket = socket(layers, inputs, sidecar, role);
     let has_successors = !inputs
         .env
@@ -107,6 +113,7 @@ pub(crate) fn config(
         admin,
         admin_host,
         proxy,
+        identity,
         ucx: ucx?,
         transport: value(&sidecar.transport)?,
         checksum: value(&sidecar.checksum)?,

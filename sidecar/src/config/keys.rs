@@ -1,6 +1,8 @@
 //! The table of all keys that the sidecar reads. The reader, `check-config` and the tests of
 //! docs/reference/configuration.md use this table.
 
+use common::identity::Auth;
+
 use super::key::{Default, Key, Section};
 use super::layers::{Layers, Sourced};
 use super::value::{
@@ -122,6 +124,16 @@ keys! {
         checksum: bool = Default::Value("off");
         /// If off, the sidecar pushes no KV, and each decode engine computes its prompts. For tests.
         push: bool = Default::Value("on"), flag "--no-push";
+        /// Rule for the init, alloc, fetch and registration channels. `require`: every peer must prove a key of the
+        /// roster, and the channels are encrypted. `prefer`: peers that know no keys are served, too; for migrations
+        /// only. `off`: no peer proves a key.
+        auth: Auth = Default::Value("off"), flag "--auth";
+        /// File with this process's private key, which `sidecar keygen FILE` makes. Only the file's owner may open it,
+        /// and the sidecar must run as the owner.
+        key_file: String = Default::None, flag "--key-file";
+        /// File with the public keys of all peers and of this process: a YAML map from each key to `name`, `roles` and
+        /// `hosts`. The sidecar reads the file again when it changes, and at SIGHUP.
+        roster: String = Default::None, flag "--roster";
         /// Lets ports listen beyond this machine without authentication.
         insecure: bool = Default::Value("off"), flag "--insecure";
         /// Lets NIXL open TCP ports that UCX chooses. Anyone who reaches such a port can read and write the

@@ -6,6 +6,7 @@
 //! the rest of the process reads only it. The code that makes a [`Config`] from the given values collects all
 //! mistakes, so that the user sees them in one report.
 
+mod channels;
 mod checks;
 mod key;
 mod keys;
@@ -27,6 +28,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use common::identity::Identity;
 use discovery::Metadata;
 
 pub(crate) use self::checks::socket_folder;
@@ -76,6 +78,8 @@ pub(crate) struct Config {
     pub(crate) admin_host: String,
     /// The proxy to register with; absent if the sidecar registers with no proxy.
     pub(crate) proxy: Option<Proxy>,
+    /// The key of this process and the roster; absent if no peer proves a key.
+    pub(crate) identity: Option<Identity>,
     /// Settings of UCX, which NIXL uses.
     pub(crate) ucx: Ucx,
     /// The wires that may be used.
@@ -200,7 +204,8 @@ impl Config {
         let ignored = lmcache::read(&mut layers);
         let unknown = layers.unknown();
         let config = checks::config(&mut layers, inputs, &lmcache, &sidecar, &mooncake);
-        let report = Report::new(layers, ignored, unknown, &inputs.env);
+        let channels = config.as_ref().map_or_else(Vec::new, channels::of);
+        let report = Report::new(layers, channels, ignored, unknown, &inputs.env);
         match config {
             Some(config) if report.problems.is_empty() => Ok((config, report)),
             _ => Err(Box::new(report)),

@@ -5,6 +5,7 @@ use std::fmt::{self, Write};
 
 use serde_json::json;
 
+use super::channels::Channel;
 use super::layers::Layers;
 use super::lmcache::Ignored;
 use super::problem::{Problem, Row};
@@ -14,6 +15,8 @@ use super::problem::{Problem, Row};
 pub(crate) struct Report {
     /// Every key with its value and source.
     pub(crate) rows: Vec<Row>,
+    /// Every channel with its protection; empty if a mistake hides the channels.
+    pub(crate) channels: Vec<Channel>,
     /// LMCache's keys that were given and have no effect.
     pub(crate) ignored: Vec<Ignored>,
     /// LMCache's keys that this version does not know. A newer LMCache may know these keys.
@@ -29,6 +32,7 @@ pub(crate) struct Report {
 impl Report {
     pub(super) fn new(
         layers: Layers,
+        channels: Vec<Channel>,
         ignored: Vec<Ignored>,
         unknown: Vec<String>,
         env: &[(String, String)],
@@ -41,6 +45,7 @@ impl Report {
         passed.sort();
         Self {
             rows: layers.rows,
+            channels,
             ignored,
             unknown,
             passed,
@@ -72,6 +77,9 @@ impl Report {
             "ok": self.problems.is_empty(),
             "values": self.rows.iter().map(|row| json!({
                 "key": row.key, "value": row.value, "source": row.source,
+            })).collect::<Vec<_>>(),
+            "channels": self.channels.iter().map(|c| json!({
+                "channel": c.name, "address": c.address, "protection": c.protection,
             })).collect::<Vec<_>>(),
             "ignored": self.ignored.iter().map(|i| json!({
                 "key": i.key, "value": i.value, "source": i.source, "why": i.why,
@@ -121,6 +129,16 @@ impl fmt::Display for Report {
             .iter()
             .map(|r| [r.key.as_str(), &r.value, &r.source]);
         table(f, ["KEY", "VALUE", "SOURCE"], &rows.collect::<Vec<_>>())?;
+        if !self.channels.is_empty() {
+            writeln!(f, "\nChannels:")?;
+            let rows = self.channels.iter();
+            let rows = rows.map(|c| [c.name.as_str(), &c.address, &c.protection]);
+            table(
+                f,
+                ["CHANNEL", "ADDRESS", "PROTECTION"],
+                &rows.collect::<Vec<_>>(),
+            )?;
+        }
         if !self.ignored.is_empty() {
             writeln!(f, "\nIgnored:")?;
             let rows = self

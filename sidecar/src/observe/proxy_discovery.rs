@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use common::zmq::{Closed, Listener, Push};
+use common::identity::{Identity, Role as Part};
+use common::zmq::{Closed, Listener, Protection, Push};
 use discovery::{EVERY, Metadata, PROXY_KEY, Store};
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
@@ -26,6 +27,7 @@ pub(crate) struct Search {
     store: Store,
     metadata: Metadata,
     at: Option<HostPort>,
+    protection: Protection,
     found: mpsc::Sender<Push>,
 }
 
@@ -35,11 +37,15 @@ impl ProxyDiscovery {
     ///
     /// # Errors
     /// The socket cannot begin to connect.
-    pub(crate) async fn of(address: &ProxyAddress) -> Result<(Self, Option<Search>), Closed> {
+    pub(crate) async fn of(
+        address: &ProxyAddress,
+        identity: Option<&Identity>,
+    ) -> Result<(Self, Option<Search>), Closed> {
+        let protection = Protection::of(identity, &[Part::Proxy]);
         let (tell, found) = mpsc::channel(1);
         match address {
             ProxyAddress::At(at) => {
-                let push = Some(Push::connect(&at.host, at.port).await?);
+                let push = Some(Push::connect(&at.host, at.port, &protection).await?);
                 Ok((Self { push, found }, None))
             }
             ProxyAddress::AskedFor(metadata) => {
@@ -47,6 +53,7 @@ impl ProxyDiscovery {
                     store: Store::new(metadata.clone()),
                     metadata: metadata.clone(),
                     at: None,
+                    protection,
                     found: tell,
                 };
                 Ok((Self { push: None, found }, Some(search)))
@@ -66,7 +73,7 @@ impl Outlet for ProxyDiscovery {
 
     fn listener(&mut self) -> BoxFuture<'_, Listener> {
         Box::pin(async {
-            match &self.push {
+            match &mut self.push {
                 Some(push) => push.listener().await,
                 None => Listener::Nobody,
             }
@@ -127,7 +134,7 @@ impl Search {
         if self.at.as_ref() == Some(&at) {
             return None;
         }
-        let Ok(push) = Push::connect(&at.host, at.port).await else {
+        let Ok(push) = Push::connect(&at.host, at.port, &self.protection).await else {
             return Some(format!("no connection to {at}"));
         };
         info!(proxy = %at, metadata = %self.metadata, "proxy found");

@@ -25,7 +25,7 @@ use protocol::metadata::agent_name;
 use protocol::{Reason, VERSION};
 use serde_bytes::ByteBuf;
 
-use common::zmq::{RequestError, Requester};
+use common::zmq::{Protection, RequestError, Requester};
 
 /// The data that one side of the handshake sends about itself.
 #[derive(Clone, Debug)]
@@ -201,10 +201,11 @@ impl InitError {
 pub(crate) async fn handshake(
     target: &Target,
     ours: &Identity,
+    protection: &Protection,
     deadline: Duration,
 ) -> Result<Linked, InitError> {
     let peer = format!("{}:{}", target.host, target.init_port);
-    match tokio::time::timeout(deadline, exchange(target, &peer, ours)).await {
+    match tokio::time::timeout(deadline, exchange(target, &peer, ours, protection)).await {
         Ok(result) => result,
         Err(_) => Err(InitError::Timeout {
             peer,
@@ -213,12 +214,17 @@ pub(crate) async fn handshake(
     }
 }
 
-async fn exchange(target: &Target, peer: &str, ours: &Identity) -> Result<Linked, InitError> {
+async fn exchange(
+    target: &Target,
+    peer: &str,
+    ours: &Identity,
+    protection: &Protection,
+) -> Result<Linked, InitError> {
     let malformed = |cause: String| InitError::Malformed {
         peer: peer.to_owned(),
         cause,
     };
-    let mut socket = Requester::connect(&target.host, target.init_port).await?;
+    let mut socket = Requester::connect(&target.host, target.init_port, protection).await?;
 
     // The hellos come first: if the layouts differ, the sender must not learn or use any slot.
     let request = Init::NixlInitRequest(NixlInitRequest {

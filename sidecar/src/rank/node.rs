@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, RouterServer};
+use common::identity::Role as Part;
+use common::zmq::{MAX_ALLOC_BYTES, MAX_INIT_BYTES, Protection, RouterServer};
 use protocol::EngineId;
 use protocol::Reason;
 use protocol::local::{EngineRole, Keeper, Refused, Target, ToEngine};
@@ -239,7 +240,8 @@ impl Builder {
             // `Config` has checked that every rank has a port.
             first => first.saturating_add(u16::try_from(rank).unwrap_or(u16::MAX)),
         };
-        let server = RouterServer::bind(&listen.host, port, MAX_ALLOC_BYTES)
+        let protection = Protection::of(self.config.identity.as_ref(), &[Part::Receiver]);
+        let server = RouterServer::bind(&listen.host, port, MAX_ALLOC_BYTES, &protection)
             .await
             .map_err(anyhow::Error::from)?;
         self.observer.port(rank, "fetch", server.traffic());
@@ -276,16 +278,20 @@ impl Builder {
             return Err(anyhow::anyhow!("no ports for rank {rank}").into());
         };
         // No sender can reach this rank without its ports, so the start fails if a port cannot be bound.
-        let bind = async |port, bytes| RouterServer::bind(&listen.host, port, bytes).await;
-        let init = bind(init, MAX_INIT_BYTES)
+        let senders = Protection::of(self.config.identity.as_ref(), &[Part::Sender]);
+        let bind = async |port, bytes, protection| {
+            RouterServer::bind(&listen.host, port, bytes, protection).await
+        };
+        let init = bind(init, MAX_INIT_BYTES, &senders)
             .await
             .map_err(anyhow::Error::from)?;
-        let alloc = bind(alloc, MAX_ALLOC_BYTES)
+        let alloc = bind(alloc, MAX_ALLOC_BYTES, &senders)
             .await
             .map_err(anyhow::Error::from)?;
         let query = match query {
             Some(port) => Some(
-                bind(port, MAX_ALLOC_BYTES)
+                // Only LMCache's senders ask on this port, and they know no keys. The answer is always empty.
+                bind(port, MAX_ALLOC_BYTES, &Protection::Plain)
                     .await
                     .map_err(anyhow::Error::from)?,
             ),

@@ -104,6 +104,7 @@ impl Selftest {
             },
             admin_host: LOOPBACK.to_owned(),
             proxy: None,
+            identity: None,
             ucx: Ucx::default(),
             transport: Choice::Only(wire),
             // The self-test then also covers the code that computes and compares checksums.

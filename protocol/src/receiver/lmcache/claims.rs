@@ -4,7 +4,7 @@ use super::{LAST_PAUSE, Lent, Loan};
 use crate::receiver::grant::Exposed;
 use crate::receiver::reclaim::Readers;
 use crate::receiver::request::{Allocation, Chunk, Lease};
-use crate::receiver::{Action, Quarantine, Receiver, SenderId};
+use crate::receiver::{Action, Owner, Quarantine, Receiver, SenderId};
 use crate::record::Record;
 use crate::{LeaseId, Reason, RequestId, SlotIndex, Time};
 use rand::Rng;
@@ -112,7 +112,7 @@ impl Receiver {
             id: LeaseId(self.rng.random()),
             route,
             sender: sender.clone(),
-            host: sender.host().to_owned(),
+            owner: sender.owner(),
             transport: "nixl".to_owned(),
             seq: 0,
             keys,
@@ -234,7 +234,7 @@ impl Receiver {
                 loan.lease,
                 Quarantine {
                     sender: loan.sender.clone(),
-                    host: loan.sender.host().to_owned(),
+                    owner: loan.sender.owner(),
                     slots: lost,
                 },
             );
@@ -321,17 +321,17 @@ impl Receiver {
 impl super::Lmcache {
     /// Returns the loans whose slots are all written and whose KV no decode request has asked for.
     /// Each item has the time from which the loan may be freed, the loan's number and its sender's
-    /// host.
+    /// party.
     pub(in crate::receiver) fn idle<'a>(
         &'a self,
         readers: &'a Readers,
-    ) -> impl Iterator<Item = (Time, u64, &'a str)> + 'a {
+    ) -> impl Iterator<Item = (Time, u64, Owner)> + 'a {
         self.loans.iter().filter_map(|(&number, loan)| {
             let rests = |c: &Lent| c.landed.filter(|_| !c.claimed).map(|at| at + LAST_PAUSE);
             let at = loan.chunks.iter().map(rests).collect::<Option<Vec<_>>>()?;
             let at = at.into_iter().max()?;
             let complete = loan.reserved.is_empty() && !readers.has(&loan.sender);
-            complete.then(|| (at, number, loan.sender.host()))
+            complete.then(|| (at, number, loan.sender.owner()))
         })
     }
 

@@ -32,7 +32,7 @@ use std::collections::BinaryHeap;
 use protocol::plan::Chunking;
 use protocol::receiver::{self, Receiver};
 use protocol::sender::{self, Sender};
-use protocol::{EngineId, Epoch, Layout, Time};
+use protocol::{EngineId, Epoch, Layout, LeaseId, Time};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -105,6 +105,10 @@ pub(crate) struct World {
     decode: DecodeEngine,
     legs: kept::Legs,
     outcome: Outcome,
+    /// True if the sender and the stranger prove keys. The stranger is then a hostile member of the roster.
+    keyed: bool,
+    /// The lease of the sender's last message. The hostile member knows it.
+    overheard: Option<LeaseId>,
     log: Option<Vec<String>>,
 }
 
@@ -155,6 +159,8 @@ impl World {
             decode: DecodeEngine::new(EngineId(2)),
             legs: kept::Legs::default(),
             outcome: Outcome::default(),
+            keyed: plan.seed % 2 == 1,
+            overheard: None,
             log: std::env::var_os("WORLD_LOG").map(|_| Vec::new()),
         }
     }
@@ -222,6 +228,9 @@ impl World {
                 self.p.handle(Time(self.now), event);
             }
             Happening::ToReceiver(event, epoch) if epoch == self.d_epoch => {
+                if let receiver::Event::Peer { route, .. } = &event {
+                    self.connects(*route, "stranger");
+                }
                 self.d.handle(Time(self.now), event);
             }
             Happening::ToKeeper(event) => self.p.handle(Time(self.now), event),

@@ -1,7 +1,7 @@
 //! Simulation of the control connection between the two sidecars, and of its faults.
 
 use protocol::message::{ToReceiver, ToSender};
-use protocol::receiver::{self, Route};
+use protocol::receiver::{self, Principal, Route};
 use protocol::sender;
 use protocol::{Epoch, Reason};
 use rand::Rng;
@@ -92,6 +92,12 @@ impl World {
         let Some(route) = self.net.route else {
             return;
         };
+        self.overheard = match message {
+            ToReceiver::Written(written) => Some(written.lease),
+            ToReceiver::Writing(slots) => Some(slots.lease),
+            ToReceiver::Extend(extend) => Some(extend.lease),
+            _ => self.overheard,
+        };
         for delay in self.arrivals() {
             self.after(delay, Happening::FromSender(route, message.clone()));
         }
@@ -122,6 +128,19 @@ impl World {
                     route: Route(route),
                     message,
                 },
+            };
+            self.connects(Route(route), "p");
+            self.d.handle(protocol::Time(self.now), event);
+        }
+    }
+
+    /// Tells the receiver which key a connection has proved, before the connection's first message.
+    pub(crate) fn connects(&mut self, route: Route, principal: &str) {
+        if self.keyed && !self.d.is_connected(route) {
+            let event = receiver::Event::Connected {
+                route,
+                host: "10.0.0.1".to_owned(),
+                principal: Some(Principal(principal.to_owned())),
             };
             self.d.handle(protocol::Time(self.now), event);
         }
@@ -216,6 +235,7 @@ impl World {
             Fault::CorruptWrite => self.net.corrupt_next = true,
             Fault::Stranger => {
                 self.stranger_asks();
+                self.member_forges();
                 self.stranger_fetches();
             }
             Fault::Drain => {

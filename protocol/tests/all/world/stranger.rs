@@ -60,6 +60,50 @@ impl World {
         self.stranger_says(ToReceiver::AllocRequest(request));
     }
 
+    /// Sends messages about the lease of another member. Without keys only the lease's random id protects the lease; a
+    /// member may not act for another member even if it knows the id. Each of these messages would free slots into which
+    /// the sender still writes, or show a chunk that is not written.
+    pub(crate) fn member_forges(&mut self) {
+        let Some(lease) = self.overheard.filter(|_| self.keyed) else {
+            return;
+        };
+        let epoch = Epoch(self.d_epoch);
+        let all: Vec<u32> = (0..self.d_slots).collect();
+        let cancel = CancelX {
+            seq: 1,
+            lease,
+            epoch,
+            reason: Reason::Cancelled,
+            dirty: Vec::new(),
+            ..CancelX::example()
+        };
+        let chunk = self.rng.random_range(0..3);
+        let slot = self.rng.random_range(0..self.d_slots);
+        let message = match self.rng.random_range(0..3) {
+            0 => ToReceiver::CancelNotif(CancelNotif {
+                req_id: "r0".into(),
+                keys: Vec::new(),
+                x: Some(cancel),
+                ..CancelNotif::example()
+            }),
+            1 => ToReceiver::Written(Written {
+                lease,
+                epoch,
+                chunks: vec![chunk],
+                indexes: vec![slot],
+                sums: Vec::new(),
+                ..Written::example()
+            }),
+            _ => ToReceiver::Writing(Slots {
+                lease,
+                epoch,
+                indexes: all,
+                ..Slots::example()
+            }),
+        };
+        self.stranger_says(message);
+    }
+
     fn stranger_says(&mut self, message: ToReceiver) {
         let delay = self.jitter(0, 50 * MS);
         let event = receiver::Event::Peer {

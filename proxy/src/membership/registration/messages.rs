@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use common::identity::{Member, Role};
 use common::zmq::Frame;
 use protocol::RequestId;
 use protocol::codec;
-use protocol::registration::{Register, ToProxy};
+use protocol::registration::{InstanceRole, Register, ToProxy};
 use tracing::{debug, info, warn};
 
 use super::{News, Registration};
@@ -17,7 +18,7 @@ use crate::telemetry::labels::Message;
 impl Registration {
     /// Handles the registration of a P2P NCCL instance.
     pub(super) fn on_p2p_hello(&mut self, frame: Frame) -> News {
-        let (Frame::Single(bytes) | Frame::Last(bytes)) = frame else {
+        let (Frame::Single(bytes) | Frame::Last(bytes) | Frame::Of(_, bytes)) = frame else {
             self.app.metrics.message(Message::Malformed);
             return News::None;
         };
@@ -72,6 +73,9 @@ impl Registration {
     /// Decodes and handles a message on the sidecars' registration port.
     pub(super) fn take(&mut self, frame: Frame) -> News {
         let message = match frame {
+            Frame::Of(member, bytes) => codec::decode::<ToProxy>(&bytes)
+                .map_err(|e| e.to_string())
+                .and_then(|message| may_say(&member, &message).map(|()| message)),
             Frame::Single(bytes) => codec::decode::<ToProxy>(&bytes).map_err(|e| e.to_string()),
             Frame::Last(_) | Frame::Odd => Err("the message has more than one frame".into()),
         };
@@ -79,6 +83,7 @@ impl Registration {
             Ok(message) => self.heard(message),
             Err(error) => {
                 self.app.metrics.message(Message::Malformed);
+                self.log_rate_limited(Instant::now(), &error);
                 debug!(error, "malformed message on the registration port");
                 News::None
             }
@@ -144,6 +149,48 @@ impl Registration {
         self.registry
             .register(now, message)
             .map_err(|e| e.to_string())
+    }
+}
+
+/// Checks that a message concerns its sender: the principal's own name, a role that the roster gives to it, and hosts
+/// that the roster gives to it. A member of the roster must not register, remove or report for another member.
+///
+/// # Errors
+/// The field that does not fit, and the cure.
+fn may_say(member: &Member, message: &ToProxy) -> Result<(), String> {
+    let id = match message {
+        ToProxy::Register(register) => &register.id,
+        ToProxy::Leave(leave) => &leave.id,
+        ToProxy::Progress(progress) => &progress.id,
+        ToProxy::ProxyNotif(_) => return Ok(()), // names only a request
+    };
+    if **id != *member.name {
+        return Err(format!(
+            "id: {} has proved its key, but the message is about {}",
+            member.name,
+            id.escape_debug()
+        ));
+    }
+    let ToProxy::Register(register) = message else {
+        return Ok(());
+    };
+    let needed: &[Role] = match register.role {
+        InstanceRole::Prefill => &[Role::Sender],
+        InstanceRole::Decode => &[Role::Receiver],
+        InstanceRole::Both => &[Role::Sender, Role::Receiver],
+    };
+    if let Some(role) = needed.iter().find(|role| !member.roles.contains(role)) {
+        return Err(format!(
+            "role: {id} has no role {} in the roster; add it there",
+            role.as_str()
+        ));
+    }
+    let instance = Instance::parse(register).map_err(|e| e.to_string())?;
+    match instance.hosts().find(|host| !member.is_at(host)) {
+        Some(host) => Err(format!(
+            "host: {id} announces {host}, which is none of its hosts in the roster; add it there"
+        )),
+        None => Ok(()),
     }
 }
 

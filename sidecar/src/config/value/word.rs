@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use common::identity::Auth;
+
 use super::{Value, scalar};
 use crate::config::yaml::Raw;
 use crate::transport::table::{CHOICES, Choice};
@@ -75,6 +77,24 @@ impl Value for Choice {
 
     fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
         Choice::named(&scalar(raw)?.trim().to_ascii_lowercase()).ok_or_else(unknown)
+    }
+
+    fn show(&self) -> String {
+        self.as_str().to_owned()
+    }
+}
+
+/// The rule for peers without a key.
+impl Value for Auth {
+    const WANT: &'static str = "off, prefer or require";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        let word = scalar(raw)?.trim().to_ascii_lowercase();
+        let all = [Self::Off, Self::Prefer, Self::Require];
+        // YAML reads the plain word `off` as false.
+        let word = if word == "false" { "off" } else { &word };
+        let found = all.into_iter().find(|auth| auth.as_str() == word);
+        found.ok_or_else(unknown)
     }
 
     fn show(&self) -> String {

@@ -2,7 +2,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::zmq::{Frame, Inbox};
+use common::zmq::{Frame, Inbox, Protection};
 use protocol::RequestId;
 use protocol::registration::{PROXY_NAME, Progress, ProxyNotif, Register};
 use tokio::sync::mpsc::UnboundedSender;
@@ -188,12 +188,14 @@ async fn a_proxy_that_takes_nothing_costs_messages_and_never_a_wait() {
 
 #[tokio::test]
 async fn reaches_a_real_port() {
-    let pull = Inbox::pull(PROXY_NAME, LOCAL.into()).await.unwrap();
+    let mut pull = Inbox::pull(PROXY_NAME, LOCAL.into(), &Protection::Plain)
+        .await
+        .unwrap();
     let at = ProxyAddress::At(HostPort {
         host: "127.0.0.1".to_owned(),
         port: pull.address().port(),
     });
-    let (outlet, _) = ProxyDiscovery::of(&at).await.unwrap();
+    let (outlet, _) = ProxyDiscovery::of(&at, None).await.unwrap();
     let config = Arc::new(config(&[]));
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));
@@ -223,12 +225,14 @@ async fn reaches_a_real_port() {
 /// for their answers without end.
 #[tokio::test]
 async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait_for_it() {
-    let pull = Inbox::pull("", LOCAL.into()).await.unwrap();
+    let mut pull = Inbox::pull("", LOCAL.into(), &Protection::Plain)
+        .await
+        .unwrap();
     let at = ProxyAddress::At(HostPort {
         host: "127.0.0.1".to_owned(),
         port: pull.address().port(),
     });
-    let (outlet, _) = ProxyDiscovery::of(&at).await.unwrap();
+    let (outlet, _) = ProxyDiscovery::of(&at, None).await.unwrap();
     let config = Arc::new(config(&[]));
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));

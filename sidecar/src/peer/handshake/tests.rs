@@ -1,6 +1,6 @@
 //! Tests of both sides over a real socket, and of the receiver's side alone.
 
-use common::zmq::{FromPeer, MAX_INIT_BYTES, RouterServer};
+use common::zmq::{FromPeer, MAX_INIT_BYTES, Protection, RouterServer};
 use protocol::groups::Group;
 use protocol::message::Advert;
 use protocol::{Epoch, Layout};
@@ -84,7 +84,7 @@ fn shake(sender: &Identity, mut serve: impl FnMut(&[u8]) -> Answer) -> Result<Li
         .build()
         .unwrap();
     runtime.block_on(async {
-        let mut server = RouterServer::bind("127.0.0.1", 0, MAX_INIT_BYTES)
+        let mut server = RouterServer::bind("127.0.0.1", 0, MAX_INIT_BYTES, &Protection::Plain)
             .await
             .unwrap();
         let target = Target {

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::zmq::{DealerClient, FromServer};
+use common::zmq::{DealerClient, FromServer, Protection};
 use protocol::keep::{ToFetcher, ToKeeper};
 use protocol::local::Keeper;
 use protocol::{Reason, codec};
@@ -34,6 +34,7 @@ pub(super) struct Keepers {
     name: String,
     /// Maximum time until a connection is made.
     link: Duration,
+    protection: Protection,
     connections: BTreeMap<Keeper, Connection>,
     /// The number of the latest connection. Events of older connections to the same port are ignored.
     generation: u64,
@@ -58,11 +59,12 @@ enum News {
 }
 
 impl Keepers {
-    pub(super) fn new(name: String, link: Duration) -> Self {
+    pub(super) fn new(name: String, link: Duration, protection: Protection) -> Self {
         let (events, inbox) = mpsc::channel(QUEUE);
         Self {
             name,
             link,
+            protection,
             connections: BTreeMap::new(),
             generation: 0,
             tasks: JoinSet::new(),
@@ -105,12 +107,12 @@ impl Keepers {
         let (outbox, outgoing) = mpsc::channel(QUEUE);
         let stop = CancellationToken::new();
         let (events, link, stopped) = (self.events.clone(), self.link, stop.clone());
-        let at = to.clone();
+        let (at, protection) = (to.clone(), self.protection.clone());
         self.tasks.spawn(async move {
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}
-                () = run(&at, &identity, link, outgoing, |news| {
+                () = run(&at, &identity, &protection, link, outgoing, |news| {
                     let events = events.clone();
                     async move {
                         // The other end of the channel is dropped only when the process ends.
@@ -188,11 +190,13 @@ impl Keepers {
 async fn run<F: Future<Output = ()>>(
     to: &Keeper,
     identity: &str,
+    protection: &Protection,
     link: Duration,
     mut outgoing: mpsc::Receiver<Vec<u8>>,
     say: impl Fn(News) -> F,
 ) {
-    let Ok(mut dealer) = DealerClient::connect_once(&to.host, to.port, identity).await else {
+    let Ok(mut dealer) = DealerClient::connect_once(&to.host, to.port, identity, protection).await
+    else {
         return say(News::Lost(to.clone(), Reason::NoLink)).await;
     };
     let (late, mut connected) = (Instant::now() + link, false);

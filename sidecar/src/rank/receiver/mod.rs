@@ -9,7 +9,8 @@ mod write_fence;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use common::zmq::{FromPeer, RouterServer};
+use common::identity::Role as Part;
+use common::zmq::{FromPeer, Protection, RouterServer};
 use protocol::local::{Target, ToEngine, ToSidecar};
 use protocol::message::{Hello, Pages, Refusal};
 use protocol::receiver::{Action, Event, Receiver};
@@ -83,7 +84,11 @@ impl ReceiverTask {
             refused: None,
         };
         Self {
-            keepers: Keepers::new(id.clone(), config.times.link),
+            keepers: Keepers::new(
+                id.clone(),
+                config.times.link,
+                Protection::of(config.identity.as_ref(), &[Part::Sender]),
+            ),
             target,
             engines: Engines::new(id, Arc::clone(&buffer), config, None),
             machine: None,

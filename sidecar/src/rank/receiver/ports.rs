@@ -3,7 +3,7 @@
 use common::zmq::{Closed, FromPeer, RouterServer};
 use protocol::codec;
 use protocol::message::{CacheQueryResponse, Init, Query, ToReceiver, Written};
-use protocol::receiver::{Event, Route};
+use protocol::receiver::{Event, Principal, Route};
 use tracing::{debug, info, warn};
 
 use super::ReceiverTask;
@@ -14,6 +14,18 @@ use crate::transport::ucx::CONSENT;
 impl ReceiverTask {
     pub(super) fn on_init(&mut self, route: Route, bytes: &[u8]) {
         let request = codec::decode(bytes).ok();
+        let claimed = match &request {
+            Some(Init::NixlInitRequest(request)) => request.x.as_ref().map(|x| x.id.as_str()),
+            Some(Init::NixlMemRegRequest(request)) => Some(request.local_id.as_str()),
+            _ => None,
+        };
+        if let Some(principal) = self.init.principal(route)
+            && !claimed.is_some_and(|id| is_of(id, &principal))
+        {
+            self.impostor("init", &principal, claimed.unwrap_or_default());
+            self.init.disconnect(route);
+            return;
+        }
         if let Some(Init::NixlInitRequest(request)) = &request
             && let Some(hello) = &request.x
         {
@@ -86,7 +98,33 @@ impl ReceiverTask {
         }
     }
 
+    /// Logs and counts a message under a name that the connection's key does not prove.
+    fn impostor(&self, port: &'static str, principal: &str, claimed: &str) {
+        let claimed = claimed.escape_debug().to_string();
+        warn!(
+            principal,
+            claimed, port, "a peer used another name than the one in the roster: connection ended"
+        );
+        self.context.malformed(port);
+    }
+
     pub(super) fn on_message(&mut self, route: Route, message: ToReceiver) {
+        let principal = self.alloc.principal(route);
+        if let Some(principal) = &principal {
+            // LMCache's messages name no sender. LMCache has no keys, so a peer with a key has no reason to send them.
+            let claimed = match &message {
+                ToReceiver::AllocRequest(request) => {
+                    Some(request.x.as_ref().map_or("", |x| x.id.as_str()))
+                }
+                ToReceiver::CancelNotif(cancel) if cancel.x.is_none() => Some(""),
+                _ => None,
+            };
+            if let Some(claimed) = claimed.filter(|id| !is_of(id, principal)) {
+                self.impostor("alloc", principal, claimed);
+                self.alloc.disconnect(route);
+                return;
+            }
+        }
         let lmcache = match &message {
             ToReceiver::AllocRequest(request) => request.x.is_none(),
             ToReceiver::CancelNotif(cancel) => cancel.x.is_none(),
@@ -107,7 +145,12 @@ impl ReceiverTask {
             let address = self.alloc.address(route).unwrap_or_default();
             let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
             let host = host.to_owned();
-            self.feed(Event::Connected { route, host });
+            let principal = principal.map(|name| Principal(name.to_string()));
+            self.feed(Event::Connected {
+                route,
+                host,
+                principal,
+            });
         }
         if lmcache {
             self.introduce(route);
@@ -125,7 +168,7 @@ impl ReceiverTask {
             &self.machine,
             self.engines.slot_layout(),
         ) {
-            let chunks = machine.unchecked(&written);
+            let chunks = machine.unchecked(route, &written);
             let buffer = &self.buffer;
             let rest = self
                 .checks
@@ -196,6 +239,12 @@ impl ReceiverTask {
             query.disconnect(route);
         }
     }
+}
+
+/// Returns true if a sidecar's name, with or without a rank, is the name in the roster.
+fn is_of(id: &str, principal: &str) -> bool {
+    let rest = id.strip_prefix(principal);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// Returns the next message of the query port; never completes if there is no query port.

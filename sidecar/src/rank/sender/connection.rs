@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::zmq::{DealerClient, FromServer};
+use common::zmq::{DealerClient, FromServer, Protection};
 use protocol::local::Target;
 use protocol::message::{Hello, ToSender};
 use protocol::{Reason, codec};
@@ -67,6 +67,8 @@ pub(super) struct Connection {
     /// LMCache requires a row.
     pub(super) ours: Identity,
     pub(super) wires: Wires,
+    /// The protection of the init and the alloc channel.
+    pub(super) protection: Protection,
     pub(super) deadline: Duration,
     pub(super) events: mpsc::Sender<(u64, News)>,
 }
@@ -114,9 +116,14 @@ impl Connection {
         let mut made = tokio::time::timeout(self.deadline, self.make())
             .await
             .map_err(|_| no_link(format!("no handshake within {:?}", self.deadline)))??;
-        let mut dealer = DealerClient::connect(&self.to.host, self.to.alloc_port, identity)
-            .await
-            .map_err(|error| no_link(format!("cannot make the alloc socket: {error}")))?;
+        let mut dealer = DealerClient::connect(
+            &self.to.host,
+            self.to.alloc_port,
+            identity,
+            &self.protection,
+        )
+        .await
+        .map_err(|error| no_link(format!("cannot make the alloc socket: {error}")))?;
         // A receiver that sends no hello belongs to LMCache. Only the type of its alloc socket shows whether
         // the receiver is asynchronous.
         if made.hello.is_none() {
@@ -130,7 +137,7 @@ impl Connection {
     }
 
     async fn make(&self) -> Result<Made, (Reason, String)> {
-        let linked = handshake::handshake(&self.to, &self.ours, self.deadline)
+        let linked = handshake::handshake(&self.to, &self.ours, &self.protection, self.deadline)
             .await
             .map_err(|e| (e.reason(), e.to_string()))?;
         // Each wire checks the receiver's slots when it links, so that a wrong slot layout is an error before

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use common::identity::Role as Part;
+use common::zmq::Protection;
 use futures::future::BoxFuture;
 use protocol::local::Target;
 use protocol::message::{Hello, Pages, ToReceiver, ToSender};
@@ -237,6 +239,7 @@ impl Peers {
                 },
             },
             wires: self.wires.clone(),
+            protection: Protection::of(self.config.identity.as_ref(), &[Part::Receiver]),
             deadline: self.config.times.link,
             events: self.events.clone(),
         };

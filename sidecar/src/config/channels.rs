@@ -1,0 +1,114 @@
+//! The channels of a configuration with the protection of each, for `check-config`.
+
+use common::identity::Auth;
+
+use super::{Config, ProxyAddress};
+
+/// A channel on which other processes talk to this sidecar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Channel {
+    /// Name, as in PROTOCOL.md.
+    pub(crate) name: String,
+    /// The address that this sidecar binds, or to which it connects.
+    pub(crate) address: String,
+    /// The check that a peer must pass, or the things that any process can do.
+    pub(crate) protection: String,
+}
+
+/// Returns all channels.
+pub(crate) fn of(config: &Config) -> Vec<Channel> {
+    let auth = config.identity.as_ref().map_or(Auth::Off, |i| i.auth());
+    let control = |peers: &str, open: &str| match auth {
+        Auth::Require => format!("TLS 1.3, a key of the roster with the role {peers}"),
+        Auth::Prefer => format!("prefer: TLS 1.3 with a key of {peers}; without a key {open}"),
+        Auth::Off => format!("none: {open}"),
+    };
+    let mut channels = Vec::new();
+    let mut add = |name: &str, address: String, protection: String| {
+        channels.push(Channel {
+            name: name.to_owned(),
+            address,
+            protection,
+        });
+    };
+    if let Some(listen) = &config.listen {
+        for rank in &listen.ranks {
+            let at = |port: u16| format!("{}:{}", listen.host, shown(port));
+            add(
+                "init",
+                at(rank.init),
+                control("sender", "any process learns the addresses of the slots"),
+            );
+            add(
+                "alloc",
+                at(rank.alloc),
+                control("sender", "any process gets slots and can offer KV"),
+            );
+            if let Some(query) = rank.query {
+                let open = "none: any process may ask; the answer is always empty";
+                add("query", at(query), open.to_owned());
+            }
+            add(
+                "data",
+                at(rank.tcp),
+                "none: a process that knows a lease's random id can write its slots, and anybody on the path reads KV"
+                    .to_owned(),
+            );
+        }
+    }
+    if let Some(fetch) = &config.fetch {
+        for rank in 0..config.ranks {
+            let port = match fetch.port {
+                0 => 0,
+                first => first.saturating_add(u16::try_from(rank).unwrap_or(u16::MAX)),
+            };
+            add(
+                "fetch",
+                format!("{}:{}", fetch.host, shown(port)),
+                control(
+                    "receiver",
+                    "a process that knows a random token gets its KV",
+                ),
+            );
+        }
+    }
+    if let Some(proxy) = &config.proxy {
+        let address = match &proxy.address {
+            ProxyAddress::At(at) => at.to_string(),
+            ProxyAddress::AskedFor(metadata) => metadata.to_string(),
+        };
+        add(
+            "registration",
+            address,
+            control(
+                "proxy",
+                "any process at this address learns ids of requests",
+            ),
+        );
+    }
+    add(
+        "admin",
+        config.admin.to_string(),
+        "none: any process can read the status and metrics, and ask for a drain".to_owned(),
+    );
+    if let Some(host) = &config.ucx.tcp_host {
+        add(
+            "UCX over TCP",
+            host.clone(),
+            "none: any process can read and write this process's memory".to_owned(),
+        );
+    }
+    add(
+        "local",
+        config.socket.display().to_string(),
+        "processes of this user".to_owned(),
+    );
+    channels
+}
+
+fn shown(port: u16) -> String {
+    match port {
+        0 => "any free port".to_owned(),
+        port => port.to_string(),
+    }
+}
