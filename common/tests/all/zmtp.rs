@@ -71,7 +71,7 @@ impl Peer {
         Self::greet(listener.accept().await?.0, hello).await
     }
 
-/// Makes a peer of a connection without a handshake.
+    /// Makes a peer of a connection without a handshake.
     pub fn raw(stream: impl Io + 'static) -> Self {
         Self {
             stream: Box::new(stream),
