@@ -39,11 +39,11 @@ pub fn run_alone(test: impl Future<Output = ()>) {
     run(test);
 }
 
-/// Waits for a future. Fails after 10 s.
+/// Waits for a future. Fails after 30 s.
 pub async fn within<T>(name: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(10), future)
+    tokio::time::timeout(Duration::from_secs(30), future)
         .await
-        .unwrap_or_else(|_| panic!("{name}: nothing within 10 s"))
+        .unwrap_or_else(|_| panic!("{name}: nothing within 30 s"))
 }
 
 /// Binds an alloc port.

@@ -203,8 +203,8 @@ async fn reaches_a_real_port() {
     let stop = CancellationToken::new();
     let task = tokio::spawn(task.run(CancellationToken::new(), stop.clone()));
     let mut kinds = Vec::new();
-    let recv = async || {
-        let bytes = tokio::time::timeout(Duration::from_secs(10), single(&pull)).await;
+    let mut recv = async || {
+        let bytes = tokio::time::timeout(Duration::from_secs(10), single(&mut pull)).await;
         kind(&codec::decode(&bytes.unwrap()).unwrap())
     };
     kinds.push(recv().await);
@@ -262,16 +262,16 @@ async fn lmcaches_proxy_hears_its_own_messages_alone_and_readiness_does_not_wait
     voice.tell(notif());
     drain.cancel();
     stop.cancel();
-    let bytes = tokio::time::timeout(Duration::from_secs(10), single(&pull)).await;
+    let bytes = tokio::time::timeout(Duration::from_secs(10), single(&mut pull)).await;
     let first: ToProxy = codec::decode(&bytes.unwrap()).unwrap();
     task.await.unwrap();
-    let rest = tokio::time::timeout(Duration::from_millis(100), single(&pull)).await;
+    let rest = tokio::time::timeout(Duration::from_millis(100), single(&mut pull)).await;
     assert_eq!((kind(&first), obstacles), ("proxy_notif", Vec::new()));
     assert!(rest.is_err(), "{rest:?}");
 }
 
 /// Returns the next message of a registration port.
-async fn single(port: &Inbox) -> Bytes {
+async fn single(port: &mut Inbox) -> Bytes {
     match port.recv().await.unwrap() {
         Frame::Single(bytes) => bytes,
         other => panic!("{other:?}"),

@@ -92,7 +92,12 @@ fn shake(sender: &Identity, mut serve: impl FnMut(&[u8]) -> Answer) -> Result<Li
             init_port: server.port(),
             alloc_port: 0,
         };
-        let client = handshake(&target, sender, Duration::from_millis(1500));
+        let client = handshake(
+            &target,
+            sender,
+            &Protection::Plain,
+            Duration::from_millis(1500),
+        );
         tokio::pin!(client);
         loop {
             tokio::select! {
