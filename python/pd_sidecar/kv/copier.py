@@ -41,6 +41,17 @@ class Piece:
     bytes: int = 0
     """For state: the bytes of the part."""
 
+    def has_blocks(self, block_tokens: int) -> bool:
+        """Returns false if the block table has no block for a token or for the state. vLLM replaces a block by the null
+        block, which has the number 0, when the block's tokens have left the window. Another request's KV is then in the
+        block. `block_tokens` is the number of tokens of a block; 0 for a state, which lies in the table's last block.
+        """
+        if not block_tokens:
+            return self.table.numel() > 0 and int(self.table[-1]) > 0
+        first, last = self.tokens[0] // block_tokens, -(-self.tokens[1] // block_tokens)
+        blocks = self.table[first:last]
+        return blocks.numel() == last - first and bool((blocks > 0).all())
+
 
 def piece_of(part: Part, slot: int, table: torch.Tensor, tokens: tuple[int, int] | None = None) -> Piece:
     """Returns the piece of a part of a plan; of the part's tokens only `tokens`, if there is such a range."""

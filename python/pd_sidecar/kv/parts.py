@@ -138,7 +138,8 @@ def _layout(part: GroupPart, model: str, chunk_tokens: int) -> wire.Layout:
     pages = part.pages
     if isinstance(pages, Geometry):
         return pages.layout(model, chunk_tokens)
-    # Of a gated delta net's state, vLLM's kernels for CPUs and for GPUs store keys and values in different orders.
+    # The device is part of the format: in the state of a gated delta net, vLLM's kernels for CPUs and for GPUs store
+    # keys and values in different orders.
     device, dtype = pages.layers[0][0].device, pages.layers[0][0].dtype
     shapes = "; ".join([*(f"{name} {shape}" for name, shape in pages.shapes), device.type])
     return wire.Layout(

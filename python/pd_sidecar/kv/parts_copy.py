@@ -78,13 +78,10 @@ class _TokenMover:
 
     def _places(self, piece: Piece) -> list[torch.Tensor]:
         pages = self._pages
+        if not piece.has_blocks(pages.block_tokens):
+            raise LayoutError(f"the block table has no block for one of the tokens {piece.tokens}")
         positions = torch.arange(*piece.tokens)
-        index = positions // pages.block_tokens
-        if int(index[-1]) >= piece.table.numel():
-            raise LayoutError(f"a block table of {piece.table.numel()} blocks has no token {int(positions[-1])}")
-        blocks = piece.table[index]
-        if not bool((blocks > 0).all()):
-            raise LayoutError(f"the block table has a freed block for one of the tokens {piece.tokens}")
+        blocks = piece.table[positions // pages.block_tokens]
         places = []
         for page in pages.layers:
             ratio = pages.block_tokens // page.tokens
@@ -119,10 +116,9 @@ class _StateMover:
 
 
 def _block(piece: Piece) -> int:
-    block = int(piece.table[-1])
-    if block <= 0:
+    if not piece.has_blocks(0):
         raise LayoutError("the block table has no block for the state")
-    return block
+    return int(piece.table[-1])
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

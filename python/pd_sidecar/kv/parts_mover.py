@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from pd_sidecar.kv.copier import Piece
-    from pd_sidecar.kv.layout import Geometry
     from pd_sidecar.kv.parts import Parts
 
 
@@ -56,8 +55,8 @@ class PartsMover:
             if isinstance(mover, StateMover):
                 plans.append((index, mover.plan(own)))
                 continue
-            if not self._is_one:
-                _check_blocks(mover.pages, own)
+            if not (self._is_one or all(piece.has_blocks(mover.pages.block_tokens) for piece in own)):
+                raise LayoutError(f"the block table has no block for some tokens of {mover.pages.names[0]}")
             plans.append((index, Plan(mover.pages, own)))
         return PartsPlan(plans, [piece.slot for piece in pieces])
 
@@ -76,11 +75,3 @@ class PartsMover:
             else:
                 assert isinstance(mover, Mover)
                 mover.move(own, buffer, gather=gather, layers=layers)
-
-
-def _check_blocks(pages: Geometry, pieces: Sequence[Piece]) -> None:
-    """Raises `LayoutError` if a piece needs a null block, which vLLM puts in the place of a block that it has freed."""
-    for piece in pieces:
-        first, last = piece.tokens[0] // pages.block_tokens, (piece.tokens[1] - 1) // pages.block_tokens
-        if not bool((piece.table[first : last + 1] > 0).all()):
-            raise LayoutError(f"the block table has a freed block for one of the tokens {piece.tokens}")

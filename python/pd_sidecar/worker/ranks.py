@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from pd_sidecar.kv import keys
 from pd_sidecar.kv.plan import Plan
-from pd_sidecar.scheduler.tables import NULL_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -68,17 +67,8 @@ class Rank:
         return own + keys.state_keys(own, self.plan(tokens, 0).state_chunks)
 
     def has_blocks(self, piece: Piece) -> bool:
-        """Returns false if the block table has no block for a token or for the state of a piece. vLLM replaces a block
-        by the null block when the block's tokens have left the window. Another request's KV is then in the block.
-        """
-        if not self.is_partial:
-            return True
-        size, (start, end) = self.block_tokens[piece.part], piece.tokens
-        if not size:
-            return piece.table.numel() > 0 and int(piece.table[-1]) != NULL_BLOCK
-        first, last = start // size, -(-end // size)
-        blocks = piece.table[first:last]
-        return blocks.numel() == last - first and bool((blocks != NULL_BLOCK).all())
+        """As `Piece.has_blocks`. Returns true for KV of full attention alone, of which vLLM frees no block early."""
+        return not self.is_partial or piece.has_blocks(self.block_tokens[piece.part])
 
     @property
     def is_partial(self) -> bool:
