@@ -11,6 +11,7 @@
 //! A [`Route`] is one *connection*, not one identity. A peer that reconnects under the same identity gets another
 //! route. So an answer never reaches another process that uses the identity later.
 
+mod crowd;
 mod dealer;
 mod inbox;
 mod keyed;

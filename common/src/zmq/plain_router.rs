@@ -1,6 +1,5 @@
 //! The bound side of a port whose peers prove no key: a socket of the library.
 
-use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,8 +15,8 @@ use protocol::receiver::Route;
 use tracing::{debug, warn};
 
 use super::{
-    BindError, Closed, FromPeer, MAX_PEERS, MESSAGES_BEFORE_LOST, SendError, Traffic, bind,
-    delimited, options, printable, rare,
+    BindError, Closed, FromPeer, MESSAGES_BEFORE_LOST, SendError, Traffic, bind, crowd, delimited,
+    options, printable, rare,
 };
 
 /// A bound ROUTER socket of the library.
@@ -265,35 +264,19 @@ impl PlainRouter {
         self.traffic.connected(now);
     }
 
-    /// If there are more than [`MAX_PEERS`] connections, ends one connection of the host that has the most connections.
-    /// Prefers a connection that never sent a message; if there is none, ends the connection that has been silent
-    /// longest. So a host that opens many connections loses its own connections, and other hosts keep theirs.
+    /// Ends one connection if there are too many; [`crowd::victim`] chooses it.
     fn make_room(&mut self, newcomer: Route) {
-        let staying = |peer: &Peer| peer.connected && !peer.leaving;
-        if self.peers.values().filter(|peer| staying(peer)).count() <= MAX_PEERS {
-            return;
-        }
-        let mut of: HashMap<&str, usize> = HashMap::new();
-        for peer in self.peers.values().filter(|peer| staying(peer)) {
-            *of.entry(peer.host()).or_default() += 1;
-        }
-        let most = |peer: &Peer| of.get(peer.host()).copied().unwrap_or_default();
-        let victim = self
-            .peers
-            .iter()
-            .filter(|(route, peer)| staying(peer) && **route != newcomer)
-            .min_by_key(|(_, peer)| (Reverse(most(peer)), peer.known, peer.heard))
-            .map(|(route, _)| *route);
-        if let Some(victim) = victim {
-            let total = self.traffic.evicted();
-            if rare(total) {
-                warn!(
-                    port = self.port,
-                    limit = MAX_PEERS,
-                    total,
-                    "too many connections: closed the one that was silent for longest"
-                );
-            }
+        let staying = self.peers.iter().filter(|(_, p)| p.connected && !p.leaving);
+        let connections: Vec<_> = staying
+            .map(|(route, peer)| crowd::Connection {
+                route: *route,
+                party: peer.host(),
+                known: peer.known,
+                heard: peer.heard,
+            })
+            .collect();
+        if let Some(victim) = crowd::victim(&connections, newcomer) {
+            crowd::note(&self.traffic, self.port);
             self.disconnect(victim);
         }
     }

@@ -1,6 +1,5 @@
 //! The bound side of a port whose peers prove a key.
 
-use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -23,7 +22,7 @@ use super::link::{Link, Ours};
 use super::listener::{Joined, Listener};
 use crate::identity::{Expected, Member, PublicKey, Roster};
 use crate::zmq::{
-    BindError, Closed, FromPeer, MAX_PEERS, RECEIVE_QUEUE, SendError, Traffic, bind_tcp, delimited,
+    BindError, Closed, FromPeer, RECEIVE_QUEUE, SendError, Traffic, bind_tcp, crowd, delimited,
     rare,
 };
 
@@ -317,32 +316,20 @@ impl Router {
         tokio::time::timeout(CLOSING, ends).await.ok();
     }
 
-    /// Ends the connection that has been silent longest of the name or host with the most connections, if there are
-    /// more than [`MAX_PEERS`].
+    /// Ends one connection if there are too many; [`crowd::victim`] chooses it.
     fn make_room(&mut self, newcomer: Route) {
-        if self.peers.len() <= MAX_PEERS {
-            return;
-        }
-        let mut of: HashMap<&str, usize> = HashMap::new();
-        for peer in self.peers.values() {
-            *of.entry(peer.party()).or_default() += 1;
-        }
-        let most = |peer: &Peer| of.get(peer.party()).copied().unwrap_or_default();
-        let victim = self
-            .peers
-            .iter()
-            .filter(|(route, _)| **route != newcomer)
-            .min_by_key(|(_, peer)| (Reverse(most(peer)), peer.known, peer.heard));
-        if let Some((_, victim)) = victim {
-            let total = self.traffic.evicted();
-            if rare(total) {
-                warn!(
-                    port = self.port,
-                    limit = MAX_PEERS,
-                    total,
-                    "too many connections: closed the one that was silent for longest"
-                );
-            }
+        let peers = self.peers.iter();
+        let connections: Vec<_> = peers
+            .map(|(route, peer)| crowd::Connection {
+                route: *route,
+                party: peer.party(),
+                known: peer.known,
+                heard: peer.heard,
+            })
+            .collect();
+        let victim = crowd::victim(&connections, newcomer);
+        if let Some(victim) = victim.and_then(|route| self.peers.get(&route)) {
+            crowd::note(&self.traffic, self.port);
             victim.link.cut();
         }
     }
