@@ -57,7 +57,7 @@ class Sides:
     def push(self, req: str, asked: list[str], awaited: list[str], tokens: int) -> tuple[str | None, str | None]:
         """Pushes a request. Returns the reason of each side's end; `None` means success."""
         self.decode.await_(req, awaited, tokens=tokens, have_tokens=0, deadline_ms=10_000)
-        self.prefill.reserve(req, self.target, asked, tokens=tokens, upto=tokens)
+        self.prefill.reserve(req, self.target, asked, tokens=tokens, upto=tokens, overlap=True)
         ends: dict[str, str | None] = {}
         deadline = time.monotonic() + BOUND_S
         while len(ends) < 2:
