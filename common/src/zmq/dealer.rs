@@ -115,8 +115,8 @@ impl DealerClient {
     ///
     /// # Errors
     /// See [`SendError`].
-    pub fn send(&self, payload: impl Into<Bytes>) -> Result<(), SendError> {
-        match &self.0 {
+    pub fn send(&mut self, payload: impl Into<Bytes>) -> Result<(), SendError> {
+        match &mut self.0 {
             Kind::Plain(plain) => plain.send(payload.into()),
             Kind::Keyed { dealer, .. } => dealer.send(delimited(payload.into())),
         }

@@ -6,7 +6,8 @@ use std::fmt;
 use bytes::Bytes;
 use omq_tokio::options::WorkloadProfile;
 use omq_tokio::{
-    Endpoint, MonitorEvent, MonitorRecvError, MonitorStream, Socket, SocketType, TrySendError,
+    Endpoint, Message, MonitorEvent, MonitorRecvError, MonitorStream, Socket, SocketType,
+    TrySendError,
 };
 use tracing::debug;
 
@@ -14,6 +15,9 @@ use super::{
     Closed, FromServer, MAX_ALLOC_BYTES, RECONNECT_MAX, SendError, delimited, endpoint, options,
     payload,
 };
+
+/// Maximum number of messages that wait for room in the library's queue.
+const MAX_WAITING: usize = 64;
 
 /// A DEALER socket to one receiver's alloc port. It reconnects by itself. After the socket is
 /// dropped, it still sends queued messages for at most 300 ms.
@@ -26,6 +30,9 @@ pub(super) struct PlainDealer {
     once: bool,
     /// Losses, new connections and messages that the caller has not got yet.
     news: VecDeque<FromServer>,
+    /// Messages that the library refused, first to send first. The library also refuses messages for a moment while a
+    /// connection begins or ends. A message that was dropped then would cost its request the whole alloc timeout.
+    waiting: VecDeque<Message>,
     /// Time of the next connection attempt, if the library makes no further attempt after a refused handshake. Absent:
     /// the library connects.
     redial: Option<tokio::time::Instant>,
@@ -54,6 +61,7 @@ impl PlainDealer {
             connected: false,
             once: false,
             news: VecDeque::new(),
+            waiting: VecDeque::new(),
             redial: None,
         })
     }
@@ -115,6 +123,9 @@ impl PlainDealer {
                     Err(MonitorRecvError::Closed) => return Err(Closed),
                     Err(_) => {}
                 },
+                () = self.socket.wait_send_ready(), if !self.waiting.is_empty() => {
+                    self.send_waiting()?;
+                }
                 message = self.socket.recv() => {
                     if let Some(payload) = payload(&message.map_err(|_| Closed)?) {
                         while let Ok(event) = self.monitor.try_recv() {
@@ -144,12 +155,27 @@ impl PlainDealer {
     ///
     /// # Errors
     /// See [`SendError`].
-    pub(super) fn send(&self, payload: Bytes) -> Result<(), SendError> {
-        match self.socket.try_send(delimited(payload)) {
-            Ok(()) => Ok(()),
-            Err(TrySendError::Full(_)) => Err(SendError::Full),
-            Err(_) => Err(SendError::Gone),
+    pub(super) fn send(&mut self, payload: Bytes) -> Result<(), SendError> {
+        if self.waiting.len() >= MAX_WAITING {
+            return Err(SendError::Full);
         }
+        self.waiting.push_back(delimited(payload));
+        self.send_waiting().map_err(|Closed| SendError::Gone)
+    }
+
+    /// Gives the waiting messages to the library, until the library refuses one.
+    fn send_waiting(&mut self) -> Result<(), Closed> {
+        while let Some(message) = self.waiting.pop_front() {
+            match self.socket.try_send(message) {
+                Ok(()) => {}
+                Err(TrySendError::Full(message)) => {
+                    self.waiting.push_front(message);
+                    break;
+                }
+                Err(_) => return Err(Closed),
+            }
+        }
+        Ok(())
     }
 
     fn note(&mut self, event: &MonitorEvent) {

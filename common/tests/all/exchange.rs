@@ -75,7 +75,7 @@ fn wrong_frames_are_dropped_and_counted() {
 fn a_loss_follows_the_last_message_and_ends_the_route() {
     run(async {
         let mut server = server().await;
-        let client = DealerClient::connect("127.0.0.1", server.port(), "s", &Protection::Plain)
+        let mut client = DealerClient::connect("127.0.0.1", server.port(), "s", &Protection::Plain)
             .await
             .unwrap();
         for i in 0..20u8 {
@@ -228,6 +228,40 @@ fn a_proxy_that_is_away_costs_messages_not_time() {
     });
 }
 
+/// The library refuses messages for a moment while a connection begins. The client keeps what the library refuses and
+/// sends it in the same order.
+#[test]
+fn messages_that_the_library_refuses_arrive_later_in_their_order() {
+    run(async {
+        let port = free_port();
+        let mut client = DealerClient::connect("127.0.0.1", port, "c", &Protection::Plain)
+            .await
+            .unwrap();
+        let mut taken = 0u32;
+        while client.send(taken.to_le_bytes().to_vec()) == Ok(()) {
+            taken += 1;
+        }
+        assert!(
+            taken > SEND_QUEUE,
+            "{taken} messages taken: none was kept by the client itself"
+        );
+        assert!(taken <= 2 * SEND_QUEUE, "{taken}");
+        let serve = async {
+            let mut server =
+                RouterServer::bind("127.0.0.1", port, MAX_ALLOC_BYTES, &Protection::Plain)
+                    .await
+                    .unwrap();
+            for i in 0..taken {
+                assert_eq!(&message(&mut server).await.1[..], i.to_le_bytes());
+            }
+        };
+        tokio::select! {
+            () = serve => {}
+            () = async { while client.recv().await.is_ok() {} } => panic!("the client's socket has ended"),
+        }
+    });
+}
+
 /// A client accepts answers with and without a delimiter, and servers with a ROUTER or a REP
 /// socket.
 #[test]
@@ -338,7 +372,7 @@ fn queued_messages_are_sent_after_the_end_of_a_socket() {
     const MESSAGES: u32 = 200;
     run(async {
         let mut server = server().await;
-        let client = DealerClient::connect("127.0.0.1", server.port(), "s", &Protection::Plain)
+        let mut client = DealerClient::connect("127.0.0.1", server.port(), "s", &Protection::Plain)
             .await
             .unwrap();
         for i in 0..MESSAGES {

@@ -253,7 +253,7 @@ fn an_identity_stays_with_the_connection_that_has_it() {
             .unwrap();
         old.send(&b"old"[..]).unwrap();
         let (old_route, _) = message(&mut server).await;
-        let new = DealerClient::connect("127.0.0.1", server.port(), "name", &Protection::Plain)
+        let mut new = DealerClient::connect("127.0.0.1", server.port(), "name", &Protection::Plain)
             .await
             .unwrap();
         new.send(&b"new"[..]).unwrap();
@@ -278,9 +278,10 @@ fn an_identity_stays_with_the_connection_that_has_it() {
         let lost = within("loss", server.recv()).await.unwrap();
         assert_eq!(lost, FromPeer::Lost(old_route));
         drop(new);
-        let again = DealerClient::connect("127.0.0.1", server.port(), "name", &Protection::Plain)
-            .await
-            .unwrap();
+        let mut again =
+            DealerClient::connect("127.0.0.1", server.port(), "name", &Protection::Plain)
+                .await
+                .unwrap();
         again.send(&b"again"[..]).unwrap();
         let (route, payload) = message(&mut server).await;
         assert_ne!(route, old_route);

@@ -69,7 +69,7 @@ fn known_peers_exchange_messages_and_know_each_other() {
         server.send(route, large.clone()).unwrap();
         assert_eq!(answer(&mut client).await, large);
         // Two connections with the same label are two routes.
-        let second = connect(server.port(), &to_decode).await;
+        let mut second = connect(server.port(), &to_decode).await;
         second.send(&b"two"[..]).unwrap();
         let (other, _) = message(&mut server).await;
         assert_ne!(other, route);
@@ -155,11 +155,11 @@ fn strangers_are_refused_and_counted_by_reason() {
         let mut mixed = Members::new(&[]);
         mixed.adopt(&members, "decode");
         mixed.adopt(&strangers, "prefill");
-        let stranger = connect(port, &mixed.keyed("prefill", Auth::Require, RECEIVERS)).await;
+        let mut stranger = connect(port, &mixed.keyed("prefill", Auth::Require, RECEIVERS)).await;
         stranger.send(&b"stranger"[..]).unwrap();
         counts(&mut server, "refused_unknown_key", 1).await;
         drop(stranger);
-        let proxy = connect(port, &members.keyed("front", Auth::Require, RECEIVERS)).await;
+        let mut proxy = connect(port, &members.keyed("front", Auth::Require, RECEIVERS)).await;
         proxy.send(&b"proxy"[..]).unwrap();
         counts(&mut server, "refused_role", 1).await;
         drop(proxy);
@@ -363,7 +363,7 @@ fn queued_messages_are_sent_after_the_end_of_a_socket() {
         let members = members();
         let mut server = bind(&members.keyed("decode", Auth::Require, SENDERS)).await;
         let to = members.keyed("prefill", Auth::Require, RECEIVERS);
-        let client = connect(server.port(), &to).await;
+        let mut client = connect(server.port(), &to).await;
         for i in 0..MESSAGES {
             client.send(i.to_le_bytes().to_vec()).unwrap();
         }
