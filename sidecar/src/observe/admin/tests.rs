@@ -1,4 +1,8 @@
+use std::time::Duration;
+
+use common::http_server::{HEAD_TIMEOUT, MAX_CONNECTIONS, MAX_HEAD_BYTES, REQUEST_TIMEOUT};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use super::*;
 use crate::observe::status::tests::{config, gauges, link, record, slot_layout};

@@ -1,0 +1,249 @@
+//! One connection: requests one after the other until the client leaves.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::cache::{Cache, Found, Missing};
+use crate::metrics::{Metrics, Operation, Outcome};
+
+use super::header::{Command, HeadError, REQUEST_BYTES, Request, Response};
+use super::server::Bounds;
+
+/// What all connections share.
+#[derive(Clone, Debug)]
+pub(super) struct Shared {
+    pub(super) cache: Cache,
+    pub(super) bounds: Bounds,
+    /// Room for values that are being received or sent, in units of [`UNIT_BYTES`].
+    pub(super) in_flight: Arc<Semaphore>,
+    /// Limits the number of look-ups at the same time, because each may read a value from disk into memory.
+    pub(super) lookups: Arc<Semaphore>,
+    pub(super) metrics: Metrics,
+}
+
+/// The reason why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    /// The client has closed the connection between two requests, or the store stops.
+    #[error("closed")]
+    Closed,
+    /// The client left within a request, or the network failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The client sent or read too slowly.
+    #[error("{0} took longer than {1:?}")]
+    Slow(&'static str, Duration),
+    /// The head cannot be read.
+    #[error(transparent)]
+    Head(#[from] HeadError),
+}
+
+/// Serves the requests of one client. A request that has begun is served even if `stop` is cancelled.
+pub(super) async fn serve(mut stream: TcpStream, shared: &Shared, stop: &CancellationToken) -> End {
+    loop {
+        let head = match head(&mut stream, stop).await {
+            Ok(head) => head,
+            Err(end) => return end,
+        };
+        let served = match Request::read(&head) {
+            Ok(request) => shared.answer(&mut stream, request).await,
+            Err(error) => Err(error.into()),
+        };
+        if let Err(end) = served {
+            return end;
+        }
+    }
+}
+
+/// Reads the head of the next request. A client may be silent between two requests, but not within a head.
+async fn head(
+    stream: &mut TcpStream,
+    stop: &CancellationToken,
+) -> Result<[u8; REQUEST_BYTES], End> {
+    let mut head = [0; REQUEST_BYTES];
+    let read = tokio::select! {
+        biased;
+        () = stop.cancelled() => return Err(End::Closed),
+        read = stream.read(&mut head) => read?,
+    };
+    if read == 0 {
+        return Err(End::Closed);
+    }
+    within("a head", HEAD_TIMEOUT, stream.read_exact(&mut head[read..])).await?;
+    Ok(head)
+}
+
+impl Shared {
+    async fn answer(&self, stream: &mut TcpStream, request: Request) -> Result<(), End> {
+        match request.command {
+            Command::Put => self.put(stream, request).await,
+            Command::Get => self.get(stream, request).await,
+            Command::Exist => {
+                let found = self.find(Operation::Exist, &request).await.is_some();
+                self.respond(stream, Response::without_value(found), Bytes::new())
+                    .await
+            }
+            Command::List => {
+                self.metrics.count(Operation::List, Outcome::Refused);
+                self.respond(stream, Response::without_value(false), Bytes::new())
+                    .await
+            }
+            Command::Health => {
+                self.metrics.count(Operation::Health, Outcome::Hit);
+                self.respond(stream, Response::without_value(true), Bytes::new())
+                    .await
+            }
+        }
+    }
+
+    /// Receives a value. The protocol has no response to a PUT, so a value that is too large is read and dropped: the
+    /// next request begins behind it.
+    async fn put(&self, stream: &mut TcpStream, request: Request) -> Result<(), End> {
+        let bound = self.bound(request.length);
+        if request.length > self.bounds.max_value || request.key.is_empty() {
+            self.metrics.count(Operation::Put, Outcome::Refused);
+            return skip(stream, request.length, bound).await;
+        }
+        let room = self.room(request.length).await?;
+        let mut body = vec![0; request.length];
+        within("a value", bound, stream.read_exact(&mut body)).await?;
+        self.cache.put(request.key, request.about, body.into());
+        self.metrics.count(Operation::Put, Outcome::Stored);
+        self.metrics.put_bytes.inc_by(request.length as u64);
+        drop(room);
+        Ok(())
+    }
+
+    async fn get(&self, stream: &mut TcpStream, request: Request) -> Result<(), End> {
+        let Some((found, lookup)) = self.find(Operation::Get, &request).await else {
+            return self
+                .respond(stream, Response::without_value(false), Bytes::new())
+                .await;
+        };
+        let entry = found.entry();
+        // The look-up ends only when there is room for its value. Otherwise each connection could hold a value outside of
+        // both limits while it waits.
+        let room = self.room(entry.body.len()).await?;
+        drop(lookup);
+        let response = Response {
+            ok: true,
+            length: entry.body.len(),
+            about: entry.about,
+        };
+        self.respond(stream, response, entry.body.clone()).await?;
+        self.metrics.get_bytes.inc_by(entry.body.len() as u64);
+        drop(room);
+        Ok(())
+    }
+
+    async fn find(
+        &self,
+        operation: Operation,
+        request: &Request,
+    ) -> Option<(Found, SemaphorePermit<'_>)> {
+        // The semaphore is never closed.
+        let lookup = self.lookups.acquire().await.ok()?;
+        let found = self.cache.get(&request.key).await;
+        let outcome = match &found {
+            Ok(found) if found.from_disk => Outcome::HitOnDisk,
+            Ok(_) => Outcome::Hit,
+            Err(Missing::Absent) => Outcome::Miss,
+            Err(Missing::Ended) => Outcome::Ended,
+            Err(Missing::Broken) => Outcome::Broken,
+        };
+        self.metrics.count(operation, outcome);
+        found.ok().map(|found| (found, lookup))
+    }
+
+    async fn respond(
+        &self,
+        stream: &mut TcpStream,
+        response: Response,
+        body: Bytes,
+    ) -> Result<(), End> {
+        let bound = self.bound(body.len());
+        let head = response.write();
+        // One system call writes the head and the body.
+        let mut both = Buf::chain(&head[..], body);
+        within("reading an answer", bound, stream.write_all_buf(&mut both)).await
+    }
+
+    /// Waits for room for a value in flight.
+    async fn room(&self, bytes: usize) -> Result<Room<'_>, End> {
+        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX);
+        let acquired = timeout(ROOM_TIMEOUT, self.in_flight.acquire_many(units)).await;
+        match acquired {
+            Ok(Ok(permit)) => Ok(Room::new(permit, &self.metrics.in_flight, bytes)),
+            _ => Err(End::Slow("room for a value in flight", ROOM_TIMEOUT)),
+        }
+    }
+
+    /// Returns the time that a client has for a value of this length.
+    fn bound(&self, bytes: usize) -> Duration {
+        VALUE_TIMEOUT + Duration::from_secs(bytes as u64 / self.bounds.least_rate.max(1))
+    }
+}
+
+/// Room for a value in flight. The room is free again when this is dropped.
+struct Room<'a> {
+    _permit: SemaphorePermit<'a>,
+    gauge: &'a Gauge,
+    bytes: i64,
+}
+
+impl<'a> Room<'a> {
+    fn new(permit: SemaphorePermit<'a>, gauge: &'a Gauge, bytes: usize) -> Self {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        gauge.inc_by(bytes);
+        Self {
+            _permit: permit,
+            gauge,
+            bytes,
+        }
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.gauge.dec_by(self.bytes);
+    }
+}
+
+async fn skip(stream: &mut TcpStream, length: usize, bound: Duration) -> Result<(), End> {
+    let length = length as u64;
+    let mut rest = AsyncReadExt::take(stream, length);
+    let copied = timeout(bound, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
+    match copied.map_err(|_| End::Slow("a value", bound))?? {
+        copied if copied == length => Ok(()),
+        _ => Err(End::Io(io::ErrorKind::UnexpectedEof.into())),
+    }
+}
+
+async fn within<T>(
+    what: &'static str,
+    bound: Duration,
+    work: impl Future<Output = io::Result<T>>,
+) -> Result<(), End> {
+    match timeout(bound, work).await {
+        Ok(done) => Ok(done.map(|_| ())?),
+        Err(_) => Err(End::Slow(what, bound)),
+    }
+}
+
+/// The unit of the room for values in flight.
+pub(super) const UNIT_BYTES: usize = 4096;
+/// Longest time for the rest of a head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a value, besides the time that its length allows.
+const VALUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for room. The room is full only if other clients are slow, and they are cut by then.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(60);

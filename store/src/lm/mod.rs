@@ -1,0 +1,8 @@
+//! LMCache's `lm://` protocol: one request at a time on a TCP connection, numbers of four bytes, no ids.
+
+mod connection;
+mod header;
+mod server;
+
+pub use self::header::{Command, REQUEST_BYTES, RESPONSE_BYTES, Request, Response};
+pub use self::server::{Bounds, Server};

@@ -1,0 +1,56 @@
+//! The store's process: command line, log, exit code.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing::error;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // If the output is closed, the user cannot see any message, so this error is ignored.
+            error.print().ok();
+            return if error.use_stderr() { USAGE } else { 0 }.into();
+        }
+    };
+    let log = cli.log_level.clone();
+    let settings = match cli.settings() {
+        Ok(settings) => settings,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return USAGE.into();
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(log))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let ended = match runtime {
+        Ok(runtime) => runtime
+            .block_on(store::daemon::run(settings))
+            .map_err(|error| error.to_string()),
+        Err(error) => Err(format!("cannot start threads: {error}")),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(text) => {
+            error!("{text}");
+            UNAVAILABLE.into()
+        }
+    }
+}
+
+/// The exit code of a wrong command line, as in `sysexits.h`.
+const USAGE: u8 = 64;
+/// The exit code if a port or a folder is not available.
+const UNAVAILABLE: u8 = 69;
