@@ -45,7 +45,7 @@ venv: ## Make the Python environment with vLLM (CPU) and NIXL, once
 venv-lmcache: venv ## Make the environment with real LMCache, once
 	@scripts/venv-lmcache.sh "$(PD_TEST_LMCACHE_VENV)" "$(VENV)"
 
-build: ## Build the release binaries: sidecar and pd-proxy
+build: ## Build the release binaries: sidecar, pd-proxy and pd-store
 	$(CARGO) build --release --locked --bins
 
 # The same command as for the unit tests, so that everything is compiled only once: with fewer targets, Cargo would choose

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the wheel that contains everything: the sidecar, pd-proxy and the Python package.
+# Builds the wheel that contains everything: the sidecar, pd-proxy, pd-store and the Python package.
 #   wheel.sh DIRECTORY PYTHON [PROGRAMS]
 # PROGRAMS is a folder with programs that are built already. Without it, the script makes the release build.
 set -euo pipefail
@@ -11,11 +11,11 @@ cd "$(dirname "$0")/.."
 log=target/wheel.log
 
 if [ -z "$programs" ]; then
-  cargo build --release --locked --bin sidecar --bin pd-proxy
+  cargo build --release --locked --bin sidecar --bin pd-proxy --bin pd-store
   programs=${CARGO_TARGET_DIR:-target}/release
 fi
 mkdir -p target/wheel
-for program in sidecar pd-proxy; do
+for program in sidecar pd-proxy pd-store; do
   strip -o "target/wheel/$program" "$programs/$program"
 done
 if ! "$python" -m pip wheel --no-deps --disable-pip-version-check --progress-bar off --wheel-dir "$out" ./wheel \

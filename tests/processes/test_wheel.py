@@ -22,7 +22,7 @@ def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     programs = tmp_path / "venv" / "bin"
     run(programs / "python", "-m", "pip", "install", "--disable-pip-version-check", "-q", wheel, bound_s=300)
-    for program in ("sidecar", "pd-proxy"):
+    for program in ("sidecar", "pd-proxy", "pd-store"):
         assert run(programs / program, "--version").strip()
     # The wheel contains the connector with its types, and the connector finds the sidecar of the same wheel.
     code = (
