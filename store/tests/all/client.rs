@@ -173,7 +173,9 @@ impl Client {
 
 /// Returns bytes that differ for each seed.
 pub(crate) fn body(seed: u8, length: usize) -> Vec<u8> {
-    (0..length)
-        .map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed))
+    (0..=u8::MAX)
+        .map(|i| i.wrapping_mul(31).wrapping_add(seed))
+        .cycle()
+        .take(length)
         .collect()
 }

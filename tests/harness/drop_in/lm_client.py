@@ -99,7 +99,7 @@ def value_of(client: Client, name: str, shape: Any, dtype: Any, fmt: Any) -> Any
 
 def is_same(name: str, value: Any) -> bool:
     raw = bytes(value.byte_array)
-    return raw == content(name, len(raw)).numpy().tobytes()
+    return bool(raw == content(name, len(raw)).numpy().tobytes())
 
 
 def types(port: int) -> dict[str, Any]:
