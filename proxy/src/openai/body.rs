@@ -152,7 +152,10 @@ impl RequestBody {
         if self.is_not_one("best_of") || self.is_on("use_beam_search") {
             return Some(Fallback::ManySequences);
         }
-        if self.is_set("prompt_logprobs") || (self.is_on("echo") && self.is_set("logprobs")) {
+        // A chat with `echo` gets log probabilities of its prompt even without the field, because vLLM's default of
+        // `top_logprobs` is 0 and not null.
+        let echoes = self.is_on("echo") && (endpoint == Endpoint::Chat || self.is_set("logprobs"));
+        if self.is_set("prompt_logprobs") || echoes {
             return Some(Fallback::PromptLogprobs);
         }
         if self.is_set("prompt_embeds") {

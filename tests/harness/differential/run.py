@@ -20,6 +20,9 @@ BATCH = 200
 
 RECORD_BOUND_S = 10.0
 
+# A failure shows so many cases.
+SHOWN = 2 * AT_ONCE
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -63,6 +66,9 @@ def ask_both(cases: Sequence[Case], plain: str, proxy: Proxy, *, at_once: int = 
     with ThreadPoolExecutor(at_once) as threads:
         for at in range(0, len(cases), BATCH):
             got = list(threads.map(ask, cases[at : at + BATCH]))
+            # An engine that has ended would differ in all cases that follow.
+            lost = [f"{case.name}: {theirs.body!r}" for case, theirs, _ in got if theirs.status == 0]
+            assert not lost, "\n".join(["no answer of the plain engine to these, in order:", *lost[:SHOWN]])
             wanted = {
                 case.name: ours.headers["x-request-id"] for case, _, ours in got if case.is_split and ours.status == 200
             }

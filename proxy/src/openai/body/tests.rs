@@ -56,6 +56,10 @@ fn who_gets_a_transfer() {
         Some(Fallback::NothingToDecode),
     );
 
+    let echo = parse(r#"{"messages": [], "echo": true}"#);
+    let expect = Some(Fallback::PromptLogprobs);
+    assert_eq!(echo.fallback(Endpoint::Chat), expect);
+
     let chat = |messages: &str, expect: Option<Fallback>| {
         let body = parse(&format!(r#"{{"messages": {messages}}}"#));
         assert_eq!(body.fallback(Endpoint::Chat), expect, "{messages}");

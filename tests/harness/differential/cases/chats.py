@@ -60,7 +60,8 @@ ROWS = (
     ),
     row(add_generation_prompt=True, continue_final_message=True),
     row(add_generation_prompt=False),
-    row(echo=True),
+    # vLLM then computes log probabilities of the prompt.
+    row(echo=True, alone="prompt_logprobs", single=True),
     row(add_special_tokens=True),
     row(messages=[_says("user", "word " * 3000)]),
     row(max_tokens=ABSENT, max_completion_tokens=5),
