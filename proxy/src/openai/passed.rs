@@ -35,6 +35,8 @@ enum Work {
     Stored,
     /// Generated tokens. The body is JSON, and must not carry transfer parameters.
     Generate,
+    /// A WebSocket: messages in both directions, as long as both sides want.
+    Session,
 }
 
 impl PassedOn {
@@ -67,6 +69,11 @@ impl PassedOn {
         self.work == Work::Stored
     }
 
+    /// Returns true if the client opens a WebSocket.
+    pub(crate) fn is_session(&self) -> bool {
+        self.work == Work::Session
+    }
+
     /// Returns true if the engine generates tokens. The proxy then reads the body as JSON.
     pub(crate) fn is_generating(&self) -> bool {
         self.work == Work::Generate
@@ -89,11 +96,11 @@ impl Methods {
 pub(crate) const INVOCATIONS: &str = "/invocations";
 
 use Methods::{Get, GetDelete, GetPost, Post};
-use Work::{Compute, Generate, Probe, Stored};
+use Work::{Compute, Generate, Probe, Session, Stored};
 
 /// The endpoints. A request for an endpoint that the engine does not have (`/v1/embeddings` of a model that
 /// generates text, for example) gets the engine's own 404.
-pub static PASSED_ON: [PassedOn; 23] = [
+pub static PASSED_ON: [PassedOn; 24] = [
     PassedOn::new("/version", Get, Probe),
     PassedOn::new("/ping", GetPost, Probe),
     PassedOn::new("/load", Get, Probe),
@@ -113,6 +120,7 @@ pub static PASSED_ON: [PassedOn; 23] = [
     PassedOn::new("/v1/messages/count_tokens", Post, Compute),
     PassedOn::new("/v1/audio/transcriptions", Post, Compute),
     PassedOn::new("/v1/audio/translations", Post, Compute),
+    PassedOn::new("/v1/realtime", Get, Session),
     // vLLM 0.32 answers 405 to DELETE.
     PassedOn::new("/v1/responses/{id}", GetDelete, Stored),
     PassedOn::new("/v1/responses/{id}/cancel", Post, Stored),

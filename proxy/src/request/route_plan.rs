@@ -113,6 +113,12 @@ impl RoutePlan {
         }
     }
 
+    /// Returns the plan of a session, which one decode instance serves alone.
+    pub(crate) fn of_session(app: &App, named: Option<String>) -> Self {
+        let model = app.models.of(named.as_deref());
+        Self::whole((named, model), Fallback::PassedOn, 0)
+    }
+
     /// Returns the plan of a request that one decode instance serves alone. `tokens` is the estimated length of
     /// its prompts.
     fn whole(

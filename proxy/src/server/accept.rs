@@ -27,6 +27,8 @@ use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
 use crate::openai::error::{ApiError, Code};
+use crate::server::incoming;
+use crate::server::realtime::NextSession;
 use crate::server::seats::{BusyBody, Seat, Seats};
 use crate::server::write_timeout::WriteTimeout;
 use crate::state::app::App;
@@ -175,8 +177,13 @@ impl Client {
     {
         let (router, peer, app) = (self.router, self.peer, self.app);
         let seat = Arc::clone(&self.seat);
+        let from = incoming::Connection {
+            peer: peer.ip(),
+            session: NextSession::default(),
+        };
+        let session = from.session.clone();
         let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(peer);
+            request.extensions_mut().insert(from.clone());
             let (router, app) = (router.clone(), Arc::clone(&app));
             let (busy, is_reserve) = (seat.begin(), seat.is_reserve);
             async move {
@@ -196,7 +203,8 @@ impl Client {
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.limits.client_timeout)
-            .serve_connection(io, service);
+            .serve_connection(io, service)
+            .with_upgrades();
         let mut connection = pin!(connection);
         let ended = select! {
             biased;
@@ -218,6 +226,11 @@ impl Client {
         };
         if let Err(e) = ended {
             debug!(error = %e, "client connection ended");
+        }
+        // The connection has changed its protocol. It keeps its place until the session ends.
+        if let Some(session) = session.take() {
+            let _busy = self.seat.begin();
+            session.run().await;
         }
     }
 }

@@ -11,9 +11,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, delete, get, on, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http::{StatusCode, header};
+use http::{HeaderValue, StatusCode, header};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
+use tokio::sync::OwnedSemaphorePermit;
 use tower::ServiceExt;
 
 use crate::fleet::instance::Instance;
@@ -26,7 +27,7 @@ use crate::openai::passed::{Methods, PASSED_ON, PassedOn};
 use crate::openai::request_id;
 use crate::request::{self, Arrival};
 use crate::server::incoming::{peer, read};
-use crate::server::{admin, models};
+use crate::server::{admin, models, realtime};
 use crate::state::app::App;
 use crate::telemetry::record::Record;
 
@@ -85,6 +86,11 @@ fn pass_on(passed: &'static PassedOn) -> MethodRouter<Arc<App>> {
         Methods::GetPost => MethodFilter::GET.or(MethodFilter::POST),
         Methods::GetDelete => MethodFilter::GET.or(MethodFilter::DELETE),
     };
+    if passed.is_session() {
+        return on(methods, move |app, request| {
+            realtime::open(app, passed, request)
+        });
+    }
     on(methods, move |app, request| {
         complete(app, Endpoint::Passed(passed), request)
     })
@@ -117,6 +123,15 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
         body: Bytes::new(),
     };
     let answered = accept(&app, arrival, body, peer).await;
+    answered_or_rejected(&app, named, answered)
+}
+
+/// Converts the error of a request for which no leg was sent. Gives the response the id `named` if it has none.
+pub(crate) fn answered_or_rejected(
+    app: &App,
+    named: HeaderValue,
+    answered: Result<Response, ApiError>,
+) -> Response {
     let mut response = answered.unwrap_or_else(|error| {
         app.metrics.rejected(error.code());
         tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
@@ -155,14 +170,19 @@ async fn accept(
     }
     // Reserve the place only after the body is complete, so that bodies that stop half-way hold no places
     // of requests.
-    let permit = app.admit().ok_or_else(|| {
+    let permit = admit(app)?;
+    request::serve(app, permit, arrival).await
+}
+
+/// Reserves the place of one more request.
+pub(crate) fn admit(app: &App) -> Result<OwnedSemaphorePermit, ApiError> {
+    app.admit().ok_or_else(|| {
         let most = app.config.max_in_flight;
         ApiError::new(
             Code::TooManyRequests,
             format!("{most} requests are already in flight (--max-in-flight)"),
         )
-    })?;
-    request::serve(app, permit, arrival).await
+    })
 }
 
 /// Serves `GET /health`, the liveness probe: succeeds as long as the process answers.
@@ -283,7 +303,10 @@ async fn decoded(routes: Router, mut request: Request) -> Response {
 async fn not_found(request: Request) -> Response {
     let uri = request.uri();
     if let Some(path) = uri.path().strip_suffix('/')
-        && (OPENAI.contains(&path) || PASSED_ON.iter().any(|passed| passed.is_at(path)))
+        && (OPENAI.contains(&path)
+            || PASSED_ON
+                .iter()
+                .any(|passed| passed.is_at(path) && !passed.is_session()))
     {
         let query = uri.query().map(|query| format!("?{query}"));
         let there = format!("{path}{}", query.unwrap_or_default());

@@ -1,6 +1,6 @@
 //! Receives a request: the client's address, and the body.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::Instant;
 
 use axum::body::Body;
@@ -11,11 +11,21 @@ use tokio::select;
 use tokio::time::timeout_at;
 
 use crate::openai::error::{ApiError, Code};
+use crate::server::realtime::NextSession;
 use crate::state::app::App;
+
+/// The connection on which a request has come. Each request has it as an extension.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    /// The client's address.
+    pub peer: IpAddr,
+    /// The place for a WebSocket, which continues on this connection after the answer.
+    pub session: NextSession,
+}
 
 /// Returns the address of the client that has sent a request.
 pub(crate) fn peer(extensions: &http::Extensions) -> Option<IpAddr> {
-    extensions.get::<SocketAddr>().map(SocketAddr::ip)
+    extensions.get::<Connection>().map(|from| from.peer)
 }
 
 /// Reads a body of at most `limit` bytes. An upload may take long, but it may not pause for longer than

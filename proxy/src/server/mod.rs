@@ -7,6 +7,7 @@ pub(crate) mod fd_limit;
 pub(crate) mod incoming;
 pub(crate) mod models;
 pub(crate) mod otlp;
+pub(crate) mod realtime;
 pub(crate) mod seats;
 pub(crate) mod write_timeout;
 

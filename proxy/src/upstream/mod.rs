@@ -3,3 +3,4 @@
 pub(crate) mod client;
 pub(crate) mod pool;
 pub(crate) mod tls;
+pub(crate) mod upgrade;

@@ -25,7 +25,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use tower::ServiceExt;
 
 use crate::fleet::zone::{self, Resolver};
-use connection::{Link, Outgoing, no_waker};
+use connection::{Link, Outgoing, Stream, no_waker};
 
 /// Scheme, host and port to which a connection leads.
 type Origin = (Scheme, Authority);
@@ -117,14 +117,31 @@ impl Pool {
                 },
             };
         }
-        let connected = self.connector.clone().oneshot(uri).await;
-        let stream = connected.map_err(|e| LinkError::Connect(with_cause(&*e)))?;
-        let link = Link::over(stream).await;
+        let link = Link::over(self.open(uri).await?).await;
         let link = link.map_err(|e| LinkError::Connect(with_cause(&e)))?;
         match link.send(request).await {
             Ok(answer) => Ok(self.answer(origin, answer)),
             Err(error) => Err(LinkError::Lost(with_cause(error.error()))),
         }
+    }
+
+    /// Opens a connection for this request only, which does not go back to the pool. Gives the request the form that
+    /// its server expects.
+    ///
+    /// # Errors
+    /// No connection could be opened.
+    pub(crate) async fn connect(
+        &self,
+        request: &mut Request<Outgoing>,
+    ) -> Result<Stream, LinkError> {
+        let uri = request.uri().clone();
+        address(request, &uri)?;
+        self.open(uri).await
+    }
+
+    async fn open(&self, uri: Uri) -> Result<Stream, LinkError> {
+        let connected = self.connector.clone().oneshot(uri).await;
+        connected.map_err(|e| LinkError::Connect(with_cause(&*e)))
     }
 
     fn answer(

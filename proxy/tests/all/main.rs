@@ -13,6 +13,7 @@ mod links;
 mod models;
 mod newer;
 mod passed;
+mod realtime;
 mod registration;
 mod replaced;
 mod shapes;

@@ -13,7 +13,8 @@ async fn every_endpoint_of_the_table_reaches_a_decode_instance() {
     let pair = rig.pair().await;
     pair.d.on_decode(Reply::Json(418, json!({"of": "d"})));
     let mut sent = 0;
-    for passed in &PASSED_ON {
+    // `realtime.rs` tests the only WebSocket.
+    for passed in PASSED_ON.iter().filter(|p| p.path != "/v1/realtime") {
         let methods: &[Method] = match passed.methods {
             Methods::Get => &[Method::GET],
             Methods::Post => &[Method::POST],

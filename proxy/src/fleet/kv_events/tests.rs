@@ -138,6 +138,34 @@ fn adapters_salts_and_images_have_their_own_blocks() {
 }
 
 #[test]
+fn only_one_group_that_keeps_prefixes_counts() {
+    let of_group = |kind: &str, group: i64, tokens: std::ops::Range<u32>| {
+        let mut batch = stored(&[7, 8], None, tokens);
+        batch.events[0].group = Some(group);
+        batch.events[0].keeps_prefixes = kind == "full_attention";
+        batch
+    };
+    let gone = |hash: u64, group: i64| {
+        batch(&serde_json::json!({
+            "type": "BlockRemoved", "block_hashes": [hash], "medium": "GPU", "group_idx": group,
+        }))
+    };
+    let mut held = Held::default();
+    // A window forgets the beginning of a prompt, so its blocks say nothing about a prefix.
+    held.published(0, &of_group("sliding_window", 0, 0..8), MOST);
+    assert_eq!(matches(&held, 20), 0);
+    held.published(1, &of_group("full_attention", 1, 0..8), MOST);
+    held.published(2, &of_group("full_attention", 2, 0..8), MOST);
+    assert_eq!((held.len(), matches(&held, 20)), (2, 8));
+    // The groups share the hashes of their blocks.
+    held.published(3, &gone(8, 0), MOST);
+    held.published(4, &gone(8, 2), MOST);
+    assert_eq!(matches(&held, 20), 8);
+    held.published(5, &gone(8, 1), MOST);
+    assert_eq!(matches(&held, 20), 4);
+}
+
+#[test]
 fn the_number_of_blocks_is_bounded() {
     let mut held = Held::default();
     for number in 0..50 {

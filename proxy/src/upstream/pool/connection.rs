@@ -16,10 +16,10 @@ use tokio::net::TcpStream;
 use tokio::task::coop::unconstrained;
 
 /// The byte stream of a connection.
-type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
+pub(crate) type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
 
 /// The body of a request.
-pub(super) type Outgoing = Full<Bytes>;
+pub(crate) type Outgoing = Full<Bytes>;
 
 /// The HTTP/1 state machine, which turns requests into bytes and bytes into answers. The state
 /// machine is boxed, because a `Link` is moved often.
