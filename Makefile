@@ -33,7 +33,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines models entrypoints clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines models differential entrypoints clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ engines: venv venv-lmcache programs ## Run the tests with real vLLM engines
 
 models: venv programs ## Run the tests with further kinds of models
 	$(PYTHON_IN_VENV) -m pytest tests/engines -m models $(PYTEST)
+
+differential: venv programs ## Send 944 requests to one plain vLLM and through the proxy; writes target/differential.md
+	PD_TEST_DIFFERENTIAL=1 $(PYTHON_IN_VENV) -m pytest tests/engines -k test_differential $(PYTEST)
 
 entrypoints: venv programs ## Run vLLM's own tests of its endpoints, plain and through the proxy; writes target/entrypoints.md
 	scripts/vllm-tests.sh target/vllm-tests "$(VENV)"

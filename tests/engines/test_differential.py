@@ -6,24 +6,30 @@ from __future__ import annotations
 
 import os
 
-import pytest
 from harness.differential.allowed import ALLOWED, reason
 from harness.differential.cases import CASES
+from harness.differential.report import table
 from harness.differential.run import Outcome, ask_both
 from harness.pair import Pair
 from harness.reference import Reference
+from harness.sidecar import ROOT
 
 # A failure shows so many differences: one fault may show in hundreds of cases.
 SHOWN = 40
 
+# The short suite sends every third case, and needs no further engines.
+STEP = 3
+LEAST = 300
 
-@pytest.mark.skipif(os.environ.get("PD_TEST_DIFFERENTIAL") != "1", reason="on demand: PD_TEST_DIFFERENTIAL=1")
+RESULTS = ROOT / "target" / "differential.md"
+
+
 def test_the_proxy_answers_as_one_vllm(pair: Pair, reference: Reference) -> None:
-    cases = [case for case in CASES if case.quick or os.environ.get("PD_TEST_LONG") == "1"]
+    is_whole = os.environ.get("PD_TEST_DIFFERENTIAL") == "1"
+    cases = CASES if is_whole else CASES[::STEP]
     moving = [case for case in cases if case.alone is None and not case.single]
     others = [case for case in cases if case.alone is not None and not case.single]
-    # vLLM 0.32 with adapters on the CPU ends if other requests are in the batch of a request with log probabilities of
-    # the prompt or with beam search. And requests of an adapter change the texts of others in their batch.
+    # docs/proxy/differences.md names the faults of vLLM 0.32 for which these requests have to run alone.
     single = [case for case in cases if case.single]
     before = pair.decode.prompt_tokens()
     outcomes = ask_both(moving, reference.engine.url, pair.proxy)
@@ -32,13 +38,16 @@ def test_the_proxy_answers_as_one_vllm(pair: Pair, reference: Reference) -> None
     tokens = pair.prompt_tokens_since(before, 1)
     outcomes += ask_both(others, reference.engine.url, pair.proxy)
     outcomes += ask_both(single, reference.engine.url, pair.proxy, at_once=1)
+    if is_whole:
+        RESULTS.write_text(table(outcomes, tokens))
 
-    assert len(outcomes) >= 300
+    assert len(outcomes) >= LEAST
     assert not (different := unexplained(outcomes)), "\n".join([f"{len(different)} differences", *different[:SHOWN]])
-    # An entry that no case needs hides the next fault.
-    assert not (idle := [allowed.what for allowed in ALLOWED if not allowed.is_used(outcomes)]), idle
+    if is_whole:
+        # An entry that no case needs hides the next fault.
+        assert not (idle := [allowed.what for allowed in ALLOWED if not allowed.is_used(outcomes)]), idle
     # Equal answers alone would also come from a decode engine that computes every prompt.
-    assert len(handed_over) >= 200
+    assert len(handed_over) >= LEAST // STEP
     assert not (wrong := [text for outcome in outcomes if (text := outcome.wrong_way())]), "\n".join(wrong)
     assert tokens.computed <= sequences, (tokens, sequences)
     assert tokens.external > 0

@@ -6,6 +6,7 @@ The test starts an engine of its own with a small cache, so that most requests e
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -85,6 +86,13 @@ def test_predictions_are_right_after_evictions(fleet: tuple[Engine, Proxy]) -> N
             evicted += spent.cached < 128
     shown = proxy.instances()[0]["kv_events"]
     share = right / (right + wrong)
+    logging.info(
+        "%d of %d prompt tokens predicted, %d tokens from the cache, %d requests after evictions",
+        right,
+        right + wrong,
+        cached,
+        evicted,
+    )
     assert shown["is_complete"]
     assert shown["blocks"] <= BLOCKS
     assert cached > 5_000, "the cache is used"

@@ -28,8 +28,8 @@ use tracing::{debug, error, info, warn};
 
 use crate::openai::error::{ApiError, Code};
 use crate::server::incoming;
-use crate::server::realtime::NextSession;
 use crate::server::seats::{BusyBody, Seat, Seats};
+use crate::server::session::NextSession;
 use crate::server::write_timeout::WriteTimeout;
 use crate::state::app::App;
 use crate::telemetry::metrics::clients::Connected;

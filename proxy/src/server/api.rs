@@ -11,10 +11,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, delete, get, on, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, header};
+use http::{StatusCode, header};
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
-use tokio::sync::OwnedSemaphorePermit;
 use tower::ServiceExt;
 
 use crate::fleet::instance::Instance;
@@ -26,7 +25,7 @@ use crate::openai::origin::{refuse_other_sites, require_json};
 use crate::openai::passed::{Methods, PASSED_ON, PassedOn};
 use crate::openai::request_id;
 use crate::request::{self, Arrival};
-use crate::server::incoming::{peer, read};
+use crate::server::incoming::{admit, answered_or_rejected, peer, read};
 use crate::server::{admin, models, realtime};
 use crate::state::app::App;
 use crate::telemetry::record::Record;
@@ -126,25 +125,6 @@ async fn complete(State(app): State<Arc<App>>, endpoint: Endpoint, request: Requ
     answered_or_rejected(&app, named, answered)
 }
 
-/// Converts the error of a request for which no leg was sent. Gives the response the id `named` if it has none.
-pub(crate) fn answered_or_rejected(
-    app: &App,
-    named: HeaderValue,
-    answered: Result<Response, ApiError>,
-) -> Response {
-    let mut response = answered.unwrap_or_else(|error| {
-        app.metrics.rejected(error.code());
-        tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
-        error.into_response()
-    });
-    // If a leg was sent, the response already has an id, which may come from the request's body.
-    response
-        .headers_mut()
-        .entry(request_id::HEADER)
-        .or_insert(named);
-    response
-}
-
 /// Checks and reads a request, reserves its place, and serves it.
 async fn accept(
     app: &Arc<App>,
@@ -172,17 +152,6 @@ async fn accept(
     // of requests.
     let permit = admit(app)?;
     request::serve(app, permit, arrival).await
-}
-
-/// Reserves the place of one more request.
-pub(crate) fn admit(app: &App) -> Result<OwnedSemaphorePermit, ApiError> {
-    app.admit().ok_or_else(|| {
-        let most = app.config.max_in_flight;
-        ApiError::new(
-            Code::TooManyRequests,
-            format!("{most} requests are already in flight (--max-in-flight)"),
-        )
-    })
 }
 
 /// Serves `GET /health`, the liveness probe: succeeds as long as the process answers.

@@ -1,17 +1,21 @@
-//! Receives a request: the client's address, and the body.
+//! Receives a request: the client's address, the body, the place of the request, and the answer if it gets none.
 
 use std::net::IpAddr;
 use std::time::Instant;
 
 use axum::body::Body;
+use axum::response::Response;
 use bytes::{Bytes, BytesMut};
+use http::HeaderValue;
 use http_body::Body as _;
 use http_body_util::BodyExt;
 use tokio::select;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout_at;
 
 use crate::openai::error::{ApiError, Code};
-use crate::server::realtime::NextSession;
+use crate::openai::request_id;
+use crate::server::session::NextSession;
 use crate::state::app::App;
 
 /// The connection on which a request has come. Each request has it as an extension.
@@ -97,6 +101,36 @@ pub(crate) async fn read(
             deadline = Instant::now() + silence;
         }
     }
+}
+
+/// Reserves the place of one more request.
+pub(crate) fn admit(app: &App) -> Result<OwnedSemaphorePermit, ApiError> {
+    app.admit().ok_or_else(|| {
+        let most = app.config.max_in_flight;
+        ApiError::new(
+            Code::TooManyRequests,
+            format!("{most} requests are already in flight (--max-in-flight)"),
+        )
+    })
+}
+
+/// Converts the error of a request for which no leg was sent. Gives the response the id `named` if it has none.
+pub(crate) fn answered_or_rejected(
+    app: &App,
+    named: HeaderValue,
+    answered: Result<Response, ApiError>,
+) -> Response {
+    let mut response = answered.unwrap_or_else(|error| {
+        app.metrics.rejected(error.code());
+        tracing::info!(id = named.to_str().ok(), code = error.code().as_str(), %error, "rejected");
+        error.into_response()
+    });
+    // If a leg was sent, the response already has an id, which may come from the request's body.
+    response
+        .headers_mut()
+        .entry(request_id::HEADER)
+        .or_insert(named);
+    response
 }
 
 /// Bytes that a client has to send per `--client-timeout`. A slower client counts as silent.

@@ -9,6 +9,7 @@ pub(crate) mod models;
 pub(crate) mod otlp;
 pub(crate) mod realtime;
 pub(crate) mod seats;
+pub(crate) mod session;
 pub(crate) mod write_timeout;
 
 use std::net::SocketAddr;

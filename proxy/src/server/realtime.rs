@@ -1,10 +1,6 @@
-//! `/v1/realtime`: a WebSocket, whose bytes pass between the client and one decode instance until one of them ends it.
-//!
-//! The proxy does not read the messages. The task of the client's connection passes the bytes, so a session has the
-//! place of its connection and the place of its request until it ends.
+//! Opens `/v1/realtime`, a WebSocket between the client and one decode instance.
 
-use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -12,15 +8,9 @@ use axum::extract::{Query, Request, State};
 use axum::response::Response;
 use http::response::Parts;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
-use hyper::upgrade::{self, OnUpgrade};
-use hyper_util::rt::TokioIo;
+use hyper::upgrade;
 use protocol::RequestId;
 use serde::Deserialize;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
-use tokio::select;
-use tokio::sync::Notify;
-use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::fleet::instance::Instance;
@@ -37,28 +27,13 @@ use crate::request::failure::Failure;
 use crate::request::response_body;
 use crate::request::route_plan::RoutePlan;
 use crate::request::state::Event;
-use crate::server::api::{admit, answered_or_rejected};
-use crate::server::incoming::Connection;
+use crate::server::incoming::{Connection, admit, answered_or_rejected};
+use crate::server::session::Session;
 use crate::state::app::App;
 use crate::telemetry::labels::Leg;
 use crate::telemetry::trace::Trace;
 use crate::upstream::client::LegError;
-use crate::upstream::upgrade::{EngineStream, Switch};
-
-/// The session that continues on a connection after the answer to its request; empty for most connections.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct NextSession(Arc<Mutex<Option<Session>>>);
-
-/// A WebSocket to which both sides have agreed.
-#[derive(Debug)]
-pub(crate) struct Session {
-    client: OnUpgrade,
-    engine: EngineStream,
-    context: RequestContext,
-    /// Longest time without data in either direction.
-    silence: Duration,
-    force_shutdown: CancellationToken,
-}
+use crate::upstream::upgrade::{EngineStream, Switch, switch};
 
 /// The query of a session's path.
 #[derive(Default, Deserialize)]
@@ -78,6 +53,7 @@ pub(crate) async fn open(
     answered_or_rejected(&app, named, answered)
 }
 
+/// Checks a request, finds an instance that agrees to the session, and leaves the session for the connection's task.
 async fn accept(
     app: &Arc<App>,
     passed: &'static PassedOn,
@@ -159,7 +135,7 @@ async fn agree(
         context.decode_sent(&decode, Err(Fallback::PassedOn), 0);
         decode.load.chosen(sent, app.config.breaker());
         let url = decode.http.join(path);
-        let asked = app.client.switch(&url, headers.clone(), HANDSHAKE_TIMEOUT);
+        let asked = switch(app.client.pool(), &url, headers.clone(), HANDSHAKE_TIMEOUT);
         let error = match asked.await {
             Ok(Switch::Agreed(head, engine)) => {
                 decode.load.succeeded(sent.elapsed());
@@ -208,100 +184,5 @@ fn protocol(headers: &HeaderMap) -> Option<HeaderValue> {
     is_websocket.then(|| value.clone())
 }
 
-impl NextSession {
-    fn put(&self, session: Session) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
-    }
-
-    /// Returns the session that continues on the connection; `None` if there is none.
-    pub(crate) fn take(&self) -> Option<Session> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-impl Session {
-    /// Passes bytes in both directions until one side ends the session.
-    ///
-    /// # Cancel safety
-    /// Dropping the future closes both connections.
-    pub(crate) async fn run(self) {
-        let Self {
-            client,
-            engine,
-            mut context,
-            silence,
-            force_shutdown,
-        } = self;
-        // The connection broke before the client got the answer: the drop of the context says that the client has left.
-        let Ok(client) = client.await else { return };
-        let (from_client, to_client) = split(TokioIo::new(client));
-        let (from_engine, to_engine) = split(engine);
-        let heard = Notify::new();
-        let answer = pass(from_engine, to_client, &heard);
-        let question = pass(from_client, to_engine, &heard);
-        let broken = select! {
-            biased;
-            () = force_shutdown.cancelled() => ApiError::new(Code::ShuttingDown, "the proxy is shutting down"),
-            end = answer => match end {
-                Ok(()) => return context.answered(false),
-                Err(Broken::Write) => return,
-                Err(Broken::Read(e)) => {
-                    ApiError::new(Code::DecodeDied, format!("the decode instance broke off the session: {e}"))
-                }
-            },
-            end = question => match end {
-                Ok(()) => return context.answered(false),
-                Err(Broken::Read(_)) => return,
-                Err(Broken::Write) => {
-                    ApiError::new(Code::DecodeDied, "the decode instance has closed the session")
-                }
-            },
-            () = silent(&heard, silence) => {
-                let limit = humantime::format_duration(silence);
-                ApiError::new(Code::DecodeSilent, format!("the session was silent for {limit} (--idle-timeout)"))
-            }
-        };
-        context.broke(&broken);
-        context.on(Event::AnswerBroke);
-    }
-}
-
-/// The end of a direction that did not end properly.
-enum Broken {
-    /// The sender's connection broke.
-    Read(io::Error),
-    /// The receiver's connection broke, or the receiver does not read.
-    Write,
-}
-
-/// Passes bytes in one direction until the sender ends it.
-async fn pass(
-    mut from: impl AsyncRead + Unpin,
-    mut to: impl AsyncWrite + Unpin,
-    heard: &Notify,
-) -> Result<(), Broken> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        let count = from.read(&mut buffer).await.map_err(Broken::Read)?;
-        if count == 0 {
-            // The receiver gets the last bytes; whether it still listens does not matter.
-            drop(to.shutdown().await);
-            return Ok(());
-        }
-        heard.notify_one();
-        to.write_all(&buffer[..count])
-            .await
-            .map_err(|_| Broken::Write)?;
-    }
-}
-
-/// Returns when nothing was heard for `limit`.
-async fn silent(heard: &Notify, limit: Duration) {
-    while timeout(limit, heard.notified()).await.is_ok() {}
-}
-
 /// Longest wait for an engine's answer to the handshake, which needs no computation.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Bytes that are passed on at once. A message of 100 ms of audio has about 4 KiB.
-const BUFFER_BYTES: usize = 16 * 1024;

@@ -17,7 +17,6 @@ use crate::openai::fallback::Fallback;
 use crate::openai::headers::{JSON, is_event_stream};
 use crate::openai::sse::First;
 use crate::upstream::pool::{LinkBody, LinkError, Pool, with_cause};
-use crate::upstream::upgrade::{self, Switch};
 
 mod answer;
 
@@ -165,17 +164,9 @@ impl Client {
         answer.judged()
     }
 
-    /// Asks an engine to change the protocol of a connection, as `headers` say.
-    ///
-    /// # Errors
-    /// There was no answer within `limit`, or its status says that another instance may have a better answer.
-    pub(crate) async fn switch(
-        &self,
-        url: &str,
-        headers: HeaderMap,
-        limit: Duration,
-    ) -> Result<Switch, LegError> {
-        upgrade::switch(&self.pool, url, headers, limit).await
+    /// Returns the connections, for requests that need a connection of their own.
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// Sends a GET request and reads a short answer.

@@ -1,6 +1,5 @@
 //! Requests that turn their connection into a stream of bytes in both directions, as a WebSocket does.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -37,7 +36,7 @@ pub(crate) enum Switch {
 /// # Cancel safety
 /// Dropping the future closes the connection.
 pub(crate) async fn switch(
-    pool: &Arc<Pool>,
+    pool: &Pool,
     url: &str,
     headers: HeaderMap,
     limit: Duration,
@@ -47,7 +46,7 @@ pub(crate) async fn switch(
         .map_err(|_| LegError::Timeout(limit))?
 }
 
-async fn asked(pool: &Arc<Pool>, url: &str, mut headers: HeaderMap) -> Result<Switch, LegError> {
+async fn asked(pool: &Pool, url: &str, mut headers: HeaderMap) -> Result<Switch, LegError> {
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     let mut request = Request::builder()
         .method(Method::GET)

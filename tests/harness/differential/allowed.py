@@ -62,6 +62,13 @@ ALLOWED: tuple[Allowed, ...] = (
         "header x-request-id",
     ),
     Allowed(
+        "If the client's `X-Request-Id` has other characters than letters, digits, `-`, `_` and `.`, the answer's `id` "
+        "does not have them.",
+        "The id stands in the logs of five programs, in lines that other programs read.",
+        r"body\.id",
+        "^body: an odd id in a header",
+    ),
+    Allowed(
         "`system_fingerprint` differs.",
         "It names the configuration of the decode engine, which has a connector.",
         r"body\..*system_fingerprint",

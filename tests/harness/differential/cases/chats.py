@@ -41,8 +41,10 @@ ROWS = (
     row(messages=[_says("user", [{"type": "nothing"}])]),
     row(messages=[_says("user", [{"type": "text"}])]),
     row(messages=[_says("user", 5)]),
-    row(messages=[_says("user", [image(1), {"type": "text", "text": "what"}])]),
-    row(messages=[_says("user", [{**image(2), "uuid": "mine"}])], alone="multimodal"),
+    # If two requests with one image come at the same time, vLLM 0.32 may answer one of them with 500: its server has
+    # noted that the engine holds the image ("cache drift"), and the engine has not got the first request yet.
+    row(messages=[_says("user", [image(1), {"type": "text", "text": "what"}])], single=True),
+    row(messages=[_says("user", [{**image(2), "uuid": "mine"}])], alone="multimodal", single=True),
     row(messages=[_says("user", [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}])]),
     row(messages=[_says("user", [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}])]),
     row(messages=[_says("user", "hi", name="somebody")]),
