@@ -56,7 +56,7 @@ async fn usage_tells_what_the_prefill_engine_had_cached() {
     };
     pair.p.on_prefill(Reply::Json(200, counted(2)));
     pair.d.on_decode(Reply::Json(200, counted(4)));
-    let body = json!({"model": "m", "messages": [], "echo": true});
+    let body = json!({"model": "m", "messages": []});
     let answer = rig.client.post(CHAT, &body).await.json();
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
     assert!(answer["kv_transfer_params"].is_null(), "{answer}");
