@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
-import litellm
+# Otherwise the import waits for a list of prices from the network.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+
+import litellm  # noqa: E402 - it reads the variable when it is imported
 
 BASE = f"{sys.argv[1]}/v1"
 CHAT: list[Any] = [{"role": "user", "content": "list the files of a directory"}]

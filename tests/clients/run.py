@@ -59,8 +59,8 @@ class Client:
     # The requests of the client, for the table.
     asks: str
     command: list[str]
-    # Returns the answers of a run, from its output and its folder.
-    answers: Callable[[str, Path], Any] = lambda out, _: json.loads(out)
+    # Returns the answers of a run, from its output and its folder. litellm prints advice before the last line.
+    answers: Callable[[str, Path], Any] = lambda out, _: json.loads(out.splitlines()[-1])
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,15 @@ class Result:
 
 
 def main(folder: Path, wanted: list[str]) -> int:
-    rows, failed = [], False
     flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with both(flags) as servers, tempfile.TemporaryDirectory() as scratch:
+    with both(flags) as servers:
+        return compare(folder, servers, wanted)
+
+
+def compare(folder: Path, servers: Both, wanted: list[str]) -> int:
+    """Runs the clients against both servers, one after the other, and writes the table."""
+    rows, failed = [], False
+    with tempfile.TemporaryDirectory() as scratch:
         for client in _clients(folder, servers, Path(scratch)):
             if wanted and client.name not in wanted:
                 continue

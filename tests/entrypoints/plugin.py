@@ -65,6 +65,10 @@ def _install() -> None:
     import vllm.tokenizers
 
     vllm.tokenizers.get_tokenizer = lambda *_, **__: read(MODEL)
+    from vllm.transformers_utils import repo_utils
+
+    # A fixture downloads the adapter `zephyr-lora`, which the server already has.
+    repo_utils.hf_api = lambda: types.SimpleNamespace(snapshot_download=lambda **_: "")
 
 
 _install()
