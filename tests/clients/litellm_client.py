@@ -10,7 +10,7 @@ from typing import Any
 # Otherwise the import waits for a list of prices from the network.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
-import litellm  # noqa: E402 - it reads the variable when it is imported
+import litellm
 
 BASE = f"{sys.argv[1]}/v1"
 CHAT: list[Any] = [{"role": "user", "content": "list the files of a directory"}]
