@@ -92,7 +92,7 @@ def _note(figures: Figures, ours: Router, theirs: Router, kind: str) -> None:
     cpu, rps, added = (0.5, 2.0, 0.5) if theirs.name == "vllm_router" else (0.7, 1.2, 1.0)
 
     def row(key: str, what: str, mine: float, other: float, unit: str, **bound: float) -> None:
-        # On a busy machine the requests without a router may take longer. Then nothing was measured, and no target is met.
+        # On a busy machine the requests without a router may take longer: nothing was measured, no target is met.
         ratio = mine / other if other > 0 else math.inf
         figures.flat[f"{key}_ratio_to_{theirs.name}{suffix}"] = ratio
         figures.flat[f"{key}_{unit}_beside_{theirs.name}{suffix}"] = mine
