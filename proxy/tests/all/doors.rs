@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use protocol::Epoch;
 use protocol::registration::ToProxy;
@@ -75,6 +75,7 @@ async fn a_flood_of_epochs_makes_few_call_backs() {
     });
     let mut flood =
         Sidecar::silent("x", Role::Decode, "http://127.0.0.1:9", &rig.registration).await;
+    let began = Instant::now();
     flood.register.admin = format!("http://{at}");
     for epoch in 0..500 {
         flood.register.epoch = Epoch(1000 + epoch);
@@ -88,9 +89,12 @@ async fn a_flood_of_epochs_makes_few_call_backs() {
     let heard = "pd_proxy_registration_messages_total{kind=\"register\"}";
     rig.until_metric(heard, 700.0).await;
     let calls = opened.load(Ordering::Relaxed);
+    // Sixteen call-backs to one host may be under way, and each ends after 2 s. A busy machine takes longer for the
+    // flood.
+    let rounds = usize::try_from(began.elapsed().as_secs() / 2 + 2).unwrap();
     assert!(
-        calls <= 40,
-        "{calls} call-backs for 700 registrations of one host"
+        calls <= 16 * rounds,
+        "{calls} call-backs for 700 registrations of one host in {rounds} rounds"
     );
     assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     held.abort();
