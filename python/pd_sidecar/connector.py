@@ -3,9 +3,8 @@
 This module only implements vLLM's interface, which differs between versions (tested with 0.24 and 0.32). The work is
 done in `scheduler` and `worker`.
 
-On CPUs, where vLLM accepts a failed load by the request's name, the connector declares that it supports several KV
-groups. Elsewhere vLLM keeps one group: in older versions a failed load of several groups would stop the engine, and on
-GPUs this connector moves only one group.
+The connector declares that it supports several KV groups, because vLLM asks the class before it reads any option. An
+engine whose model has several groups does not start where the user must ask for them (`groups_choice`).
 """
 
 from __future__ import annotations
@@ -32,9 +31,11 @@ from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer
 from pd_sidecar.kv.parts import parts_of
 from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache, own_sidecar
-from pd_sidecar.options.versions import CacheHitSource, SupportsGroups, TransferResults
+from pd_sidecar.options.groups_choice import check_groups, has_several
+from pd_sidecar.options.versions import HAS_REPORTS, CacheHitSource, SupportsGroups, TransferResults
 from pd_sidecar.scheduler.kept import KeepPolicy
 from pd_sidecar.scheduler.metadata import DisabledNotice, FetchNotice, IdleReport, StepMetadata
+from pd_sidecar.scheduler.older_vllm import EngineScheduler, calling_scheduler
 from pd_sidecar.scheduler.scheduler import Scheduler
 from pd_sidecar.scheduler.states import Role
 from pd_sidecar.scheduler.stats import PromMetrics, Stats
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.kv_transfer import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -87,11 +89,18 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         self._partition = _partition(vllm_config, self._options.ranks, consumer=self._consumer)
         self._config = vllm_config
         self._groups = kv_cache_config.kv_cache_groups
+        check_groups(self._groups, vllm_config, is_allowed=self._options.allow_several_groups)
         self._num_blocks: int = kv_cache_config.num_blocks
         self._stats = Stats()
         self._scheduler: Scheduler | None = None
         self._worker: Worker | DisabledWorker | None = None
         self._invalid_blocks: set[int] = set()
+        self._engine: EngineScheduler | None = None
+        """vLLM's scheduler, only for several groups and a vLLM without reports about them."""
+        self._failed_loads: set[str] = set()
+        """Loads of several groups that have failed. The worker's half has not reported them yet; for the scheduler's
+        half, vLLM has not heard yet that these loads are over.
+        """
         self._idle = False
         self._child: Child | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -102,7 +111,12 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
                 self._options.chunk_size,
                 self._options.hash_algorithm,
             )
+            if has_several(self._groups) and not HAS_REPORTS:
+                self._engine = calling_scheduler()
+                if self._engine is None:
+                    raise config.ConfigError(["this connector needs vLLM's own scheduler for several KV groups"])
             self._scheduler = self._make_scheduler()
+            self._scheduler.engine = self._engine
             # One sidecar serves all workers. The scheduler starts the sidecar, because there is only one scheduler.
             self._child = self._spawn() if self._options.sidecar else None
 
@@ -145,6 +159,12 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
         self._of_scheduler.keeping.pool = kv_cache_manager.block_pool
         self._of_scheduler.local_cache.bind(kv_cache_manager)
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """Older versions of vLLM call this method instead of `bind_kv_cache_manager`."""
+        if self._engine is not None:
+            self._engine.check()
+            self._of_scheduler.local_cache.bind(self._engine.kv_cache_manager)
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         metadata = self._of_scheduler.step(scheduler_output)
         self._idle = metadata.idle
@@ -159,6 +179,7 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
             self._of_scheduler.unmoved |= idle_report.unmoved
             self._of_scheduler.keeping.learn(idle_report.fetch_ports, is_alone=idle_report.is_alone)
             self._of_scheduler.correct_answers()
+            self._failed_loads |= idle_report.failed
         if (worker := self._neighbour()) is not None:
             # Do not wait if this output or a later step has tokens, because a client waits for these tokens.
             rests = self._idle and isinstance(idle_report, IdleReport) and idle_report.rests
@@ -166,6 +187,10 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
             connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
             connector_output.finished_recving = (connector_output.finished_recving or set()) | received
         sent, received = connector_output.finished_sending or set(), connector_output.finished_recving or set()
+        if self._engine is not None:
+            for engine_id in self._failed_loads & received:
+                self._engine.load_failed(engine_id)
+        self._failed_loads -= received
         if forgotten := self._of_scheduler.reported(sent, received):
             connector_output.finished_sending = sent - forgotten
 
@@ -258,7 +283,11 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         sent, results = self._finish()
-        self._invalid_blocks |= results.invalid_blocks
+        if has_several(self._groups) and not HAS_REPORTS:
+            # vLLM would look the blocks up in a single table. Tell the scheduler's half instead, with this output.
+            self._failed_loads |= results.failed.keys()
+        else:
+            self._invalid_blocks |= results.invalid_blocks
         return sent or None, results.received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -270,6 +299,9 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
 
     def build_connector_worker_meta(self) -> IdleReport | None:
         report = self._worker.idle_report if self._worker is not None else None
+        if self._failed_loads:
+            failed, self._failed_loads = frozenset(self._failed_loads), set()
+            report = replace(report or IdleReport(rests=False), failed=failed)
         return replace(report, is_alone=self._is_alone()) if report is not None else None
 
     def shutdown(self) -> None:

@@ -64,6 +64,7 @@ class OneFlag(_ByRouter):
             "kv_connector": "PdSidecarConnector",
             "kv_connector_module_path": "pd_sidecar.connector",
             "kv_role": "kv_both",
+            "kv_connector_extra_config": {"allow_several_groups": True},
         }
         env = {
             "PYTHONPATH": with_path(ROOT / "python"),

@@ -287,7 +287,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
         engine_flags=tuple(shlex.split(options.engine_flags)),
         transport=options.transport,
         push=options.push,
-        prefix_caching=True,
+        prefix_caching=options.prefix_caching,
         sidecar_keys=json.loads(options.sidecar_keys),
     )
 
@@ -332,6 +332,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="duration of the step poisson")
     parser.add_argument("--answer", type=int, default=400, help="tokens of each answer in the step tpot")
     parser.add_argument("--load-tokens", type=int, default=5000, help="tokens of each prompt under load")
+    parser.add_argument(
+        "--no-prefix-caching",
+        dest="prefix_caching",
+        action="store_false",
+        help="start all engines without prefix caches",
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of the prompts and of their times")
     parser.add_argument("--transport", default="auto", help="the sidecars' transport: auto, cuda_ipc, nixl or tcp")
     parser.add_argument("--push", default="auto", help="auto, layers or step: see the connector's options")

@@ -207,7 +207,7 @@ def moved(ours: Ours, setting: Setting, prompts: Sequence[int]) -> dict[str, Any
     """
     count = len(prompts)
     records = {sidecar.name: sidecar.records()[-count:] for sidecar in (ours.sender, ours.receiver)}
-    wanted = sum(prompts) * setting.token_bytes
+    wanted = sum(map(setting.kv.moved, prompts))
     return {
         "bytes_wanted": wanted,
         **{name: sum(record["bytes"] for record in found) for name, found in records.items()},

@@ -15,7 +15,7 @@ from harness.engine import Engine, EngineOptions
 from harness.process import Process
 from harness.sidecar import CHUNK_TOKENS
 
-from gpu.model import token_bytes
+from gpu.kv_bytes import KvBytes, kv_bytes
 
 # An engine must not use the network: it must neither download nor report anything.
 OFFLINE = {
@@ -79,9 +79,14 @@ class Setting:
         return self.folder / "logs"
 
     @property
+    def kv(self) -> KvBytes:
+        """Returns the sizes of the model's KV."""
+        return kv_bytes(self.model, 4 if self.gpus is None else 2)
+
+    @property
     def token_bytes(self) -> int:
         """Returns the bytes of one token's KV."""
-        return token_bytes(self.model, 4 if self.gpus is None else 2)
+        return self.kv.token
 
     @property
     def chunk_bytes(self) -> int:

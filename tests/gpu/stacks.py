@@ -161,6 +161,7 @@ class Ours:
                 f"{sidecar.options.role}_socket": str(sidecar.socket),
                 "chunk_size": CHUNK_TOKENS,
                 "push": self.setting.push,
+                "allow_several_groups": True,
             },
         }
         engine = self.setting.engine(f"ours {name}", side, transfer, {"PYTHONPATH": with_path(ROOT / "python")})

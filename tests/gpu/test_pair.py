@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import time
 from collections.abc import Iterator, Sequence
 
 import pytest
-from harness.sidecar import ROOT, Sidecar
+from harness.sidecar import ROOT
 
+from gpu.kills import check_killed, differences, references
 from gpu.measure import Prompts
 from gpu.setting import ON_CPU, WIRES, gpus
 from gpu.small import VOCABULARY, serving, small
-from gpu.stacks import Handover, Ours, Plain, at_once, client
-from gpu.texts import Match, Reference, reference
+from gpu.stacks import Ours, Plain, at_once
 
 FOUND = gpus()
 if not FOUND and not ON_CPU:
@@ -26,9 +24,6 @@ if not FOUND and not ON_CPU:
 LENGTHS = (1, 15, 255, 256, 257, 700, 1900 if ON_CPU else 2500)
 TOKENS = 12
 CHUNKS = 64
-# The time limit of a request while a sidecar is killed. The limit covers the sidecars' own limits (5 s without a
-# sender), and the time to compute the prompt again.
-FAULT_S = 60.0
 FOLDER = ROOT / "target" / "gpu-test"
 
 
@@ -60,24 +55,6 @@ def stacks(started: tuple[Ours, Plain]) -> Iterator[tuple[Ours, Plain]]:
             time.sleep(0.05)
     for sidecar in (ours.sender, ours.receiver):
         sidecar.wait_empty(30)
-
-
-def references(plain: Plain, prompts: Sequence[list[int]], tokens: int) -> list[Reference]:
-    """Returns the expected answers. Sends one request at a time: requests in one batch change each other's rounding."""
-    found = [reference(plain.engine.url, prompt, tokens) for prompt in prompts]
-    long = [of.text for of, prompt in zip(found, prompts, strict=True) if len(prompt) > 1]
-    assert len(set(long)) == len(long), "texts do not depend on their prompts"
-    return found
-
-
-def differences(answers: Sequence[Handover | BaseException], expected: Sequence[Reference]) -> int:
-    """Returns the number of wrong texts. Fails if an answer is missing."""
-    matches = []
-    for answer, of in zip(answers, expected, strict=True):
-        assert isinstance(answer, Handover), repr(answer)
-        matches.append(of.match(answer.text))
-    print({match.value: matches.count(match) for match in Match})
-    return matches.count(Match.WRONG)
 
 
 def check_one_by_one(ours: Ours, plain: Plain, lengths: Sequence[int]) -> set[str]:
@@ -135,49 +112,6 @@ def test_many_at_once_say_what_one_instance_says_under_the_same_load(stacks: tup
         assert ours.prefill.metrics().sum("vllm:pd_sidecar_layered_tokens_total") > 0, "no step was gathered by layers"
 
 
-async def until_it_holds_slots(sidecar: Sidecar) -> None:
-    """Returns when the sidecar holds a slot, which means that a push is in flight."""
-    async with asyncio.timeout(FAULT_S):
-        while (await asyncio.to_thread(sidecar.slots))[1] == 0:
-            await asyncio.sleep(0)
-
-
-def wait_for_record(sidecar: Sidecar, size: int) -> None:
-    """Waits for the record of the last request, which comes a moment after the client's answer."""
-    deadline = time.monotonic() + 5
-    while not (records := sidecar.records()) or (records[-1]["bytes"], records[-1]["reason"]) != (size, None):
-        assert time.monotonic() < deadline, records[-1:]
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("victim", ["sender", "receiver"])
 def test_a_sidecar_that_is_killed_costs_time_and_nothing_else(stacks: tuple[Ours, Plain], victim: str) -> None:
-    ours, plain = stacks
-    prompts = Prompts(4 if victim == "sender" else 5, VOCABULARY)
-    asked = [prompts.next(1500 + i) for i in range(16)]
-    expected = references(plain, asked, 8)
-    theirs = differences(at_once(plain, asked, 8), expected)
-    sidecar: Sidecar = getattr(ours, victim)
-
-    async def under_fire() -> list[Handover | BaseException]:
-        async with client(FAULT_S) as session:
-            tasks = [asyncio.create_task(ours.complete(session, prompt, 8)) for prompt in asked]
-            await until_it_holds_slots(sidecar)
-            assert sidecar.process is not None
-            sidecar.process.signal(signal.SIGKILL)
-            return await asyncio.gather(*tasks, return_exceptions=True)
-
-    before = ours.decode.prompt_tokens()
-    # Every request has an answer: the decode engine has computed the lost KV again.
-    assert differences(asyncio.run(under_fire()), expected) <= theirs
-    assert (ours.decode.prompt_tokens() - before).computed > len(asked), (
-        "the sidecar was killed after it had moved all KV"
-    )
-    sidecar.stop()
-    sidecar.start()
-    ours.wait()
-    prompt = prompts.next(900)
-    answers = at_once(ours, [prompt], TOKENS)
-    assert differences(answers, references(plain, [prompt], TOKENS)) == 0
-    for side in (ours.sender, ours.receiver):
-        wait_for_record(side, 900 * ours.setting.token_bytes)
+    check_killed(*stacks, victim)

@@ -67,6 +67,10 @@ class Options:
     """Further arguments of a spawned sidecar, as in a shell."""
     allow_load_failure_policy_fail: bool = False
     """If true, the engine starts although vLLM would answer a failed load with HTTP 500."""
+    allow_several_groups: bool = False
+    """If true, the engine starts with several KV groups where this is not tested enough: on GPUs, and with versions of
+    vLLM that accept no report about a failed load of several groups.
+    """
 
 
 def parse(

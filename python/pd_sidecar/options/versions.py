@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
-from vllm.platforms import current_platform
 from vllm.v1.core.sched import output
 
 TransferResults: Any = getattr(base, "KVConnectorTransferResults", None)
@@ -20,14 +18,12 @@ with contextlib.suppress(ImportError):
 
     CacheHitSource = cache_hit_source.CacheHitSource
 
-GPU_GROUPS_VARIABLE = "PD_SIDECAR_GPU_GROUPS"
-"""On GPUs the kernels for several groups are tested, but not with an engine, so the user must ask for them."""
-
-SupportsGroups: Any = object
+SupportsGroups: Any = getattr(base, "SupportsHMA", object)
 """The base class that declares support of several groups. Without the declaration vLLM makes one group of windows and
-full attention.
+full attention, and does not start models with states.
 """
-# A failed load must be reported by its request, and the tables must be known in each step.
-has_reports = TransferResults is not None and hasattr(output, "KVConnectorBlockState")
-if has_reports and (current_platform.is_cpu() or os.environ.get(GPU_GROUPS_VARIABLE) == "1"):
-    SupportsGroups = base.SupportsHMA
+
+HAS_REPORTS = TransferResults is not None and hasattr(output, "KVConnectorBlockState")
+"""False if vLLM neither passes all block tables to a connector in each step, nor accepts a failed load of several
+groups.
+"""

@@ -165,6 +165,10 @@ class IdleReport(KVConnectorWorkerMetadata):
     """
     is_alone: bool = False
     """True if the worker's connector is not the child of a MultiConnector."""
+    failed: frozenset[str] = frozenset()
+    """The loads of several groups that have failed on this worker, if vLLM itself accepts no such report. Another
+    worker may report the same load as done later.
+    """
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         if not isinstance(other, IdleReport):
@@ -174,4 +178,5 @@ class IdleReport(KVConnectorWorkerMetadata):
             unmoved=self.unmoved or other.unmoved,
             fetch_ports={**self.fetch_ports, **other.fetch_ports},
             is_alone=self.is_alone and other.is_alone,
+            failed=self.failed | other.failed,
         )

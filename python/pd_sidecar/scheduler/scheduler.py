@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from pd_sidecar.kv.keys import ChunkHasher
+    from pd_sidecar.scheduler.older_vllm import EngineScheduler
     from pd_sidecar.scheduler.states import Role, State
     from pd_sidecar.scheduler.stats import Stats
     from pd_sidecar.scheduler.tables import Tables
@@ -69,6 +70,8 @@ class Scheduler:
         self._held = 0
         self.keeping = Keeping(role.keep)
         self.local_cache = LocalCache(role.tables, is_on=role.has_prefix_cache)
+        self.engine: EngineScheduler | None = None
+        """vLLM's scheduler, if this vLLM does not pass the whole block tables of several groups."""
         self.unmoved = False
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
 
@@ -376,6 +379,8 @@ class Scheduler:
         state.upto = min(upto, tokens)
         state.preempted = False
         whole = tables_now(output, engine_id) if self._role.backoff else None
+        if whole is None and self.engine is not None:
+            whole = self.engine.tables(engine_id)
         if whole is None:
             # vLLM's model runner may be in this process, and appends to the same lists.
             own = tuple(list(blocks) for blocks in tables)
