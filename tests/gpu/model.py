@@ -178,6 +178,7 @@ def write_model(folder: Path, shape: str, dtype: str = "bfloat16", *, weights: b
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "bos_token_id": 1,
+        "pad_token_id": 0,
         "eos_token_id": 2,
         **SHAPES[shape],
     }
