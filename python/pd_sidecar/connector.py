@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import shlex
 from dataclasses import replace
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -30,7 +28,7 @@ from pd_sidecar.kv.keys import ChunkHasher
 from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer
 from pd_sidecar.kv.parts import parts_of
 from pd_sidecar.kv.quantization import Quantization
-from pd_sidecar.options import config, lmcache, own_sidecar
+from pd_sidecar.options import config, lmcache, load_failure, own_sidecar
 from pd_sidecar.options.groups_choice import check_groups, has_several
 from pd_sidecar.options.versions import HAS_REPORTS, CacheHitSource, SupportsGroups, TransferResults
 from pd_sidecar.scheduler.kept import KeepPolicy
@@ -51,7 +49,6 @@ if TYPE_CHECKING:
 
     import torch
     from vllm.config import VllmConfig
-    from vllm.config.kv_transfer import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -79,12 +76,12 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
             transfer.kv_connector_extra_config,
             producer=self._producer,
             consumer=self._consumer,
-            load_failure_policy=_policy(transfer, role),
+            load_failure_policy=load_failure.policy(transfer) if role == KVConnectorRole.SCHEDULER else "recompute",
             model=vllm_config.model_config.model,
             engine_id=transfer.engine_id or "",
         )
         if role == KVConnectorRole.SCHEDULER and self._consumer and not self._options.allow_load_failure_policy_fail:
-            _set_recompute(transfer)
+            load_failure.set_recompute(transfer)
         _refuse_parallelism(vllm_config)
         self._partition = _partition(vllm_config, self._options.ranks, consumer=self._consumer)
         self._config = vllm_config
@@ -444,45 +441,6 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
 
 # Some routers accept only this name. vLLM prefers the class of `kv_connector_module_path` to its own class of a name.
 NixlConnector = PdSidecarConnector
-
-
-def _policy(transfer: KVTransferConfig, role: KVConnectorRole) -> str:
-    """Returns the load-failure policy that will apply. The scheduler's half sets `recompute` if it can.
-
-    vLLM reads only the outermost configuration. A child of a MultiConnector has a configuration of its own, so it
-    cannot change the policy.
-    """
-    if role != KVConnectorRole.SCHEDULER:
-        return "recompute"
-    parent = _parent()
-    if parent is None:
-        return "recompute"
-    outer = parent._vllm_config.kv_transfer_config
-    policies = {transfer.kv_load_failure_policy, outer.kv_load_failure_policy if outer is not None else "fail"}
-    return "recompute" if policies == {"recompute"} else "fail"
-
-
-def _parent() -> MultiConnector | None:
-    """Returns the MultiConnector that makes this connector; otherwise `None`.
-
-    vLLM tells a child nothing about its parent, so this function looks for the parent among the callers.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(caller := frame.f_locals.get("self"), MultiConnector):
-            return caller
-        frame = frame.f_back
-    return None
-
-
-def _set_recompute(transfer: KVTransferConfig) -> None:
-    """Sets the policy before vLLM's scheduler reads it, which it does after it has made its connector."""
-    if transfer.kv_load_failure_policy != "recompute":
-        logger.info(
-            "kv_load_failure_policy is %r, which answers HTTP 500 when KV does not arrive; set to 'recompute'",
-            transfer.kv_load_failure_policy,
-        )
-        transfer.kv_load_failure_policy = "recompute"
 
 
 def _partition(vllm_config: VllmConfig, ranks: int, *, consumer: bool) -> TpPartition:

@@ -48,6 +48,8 @@ class Kind:
     """Largest difference of log-probabilities that rounding explains. A model in float32 gives equal texts."""
     dtype: str = "float32"
     more: tuple[str, ...] = ()
+    older: bool = False
+    """True if the connectors use only what vLLM 0.24 offers."""
 
     def bytes(self, tokens: int, have: int = 0) -> int:
         """The bytes that move for a decode side that computes token `tokens` next and has `have` tokens."""
@@ -77,8 +79,10 @@ GDN = (3 * 1024 + 4 * 128 * 128) * 2
 NEAR = 0.3
 NO_CACHE = ("--no-enable-prefix-caching",)
 QWEN3_NEXT = Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16")
+GPT_OSS = Kind("gpt-oss", 2 * LAYER, window=2 * LAYER)
 KINDS = {
-    "gpt-oss": Kind("gpt-oss", 2 * LAYER, window=2 * LAYER),
+    "gpt-oss": GPT_OSS,
+    "gpt-oss-older": replace(GPT_OSS, older=True),
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
     # vLLM's kernel for Mamba 2 on CPUs has no states for a prefix cache.
     "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
@@ -125,7 +129,7 @@ class Side:
         return moved.answer.token_ids
 
 
-FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in ("gemma3", "qwen3-next-uncached")]
+FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in ("gemma3", "qwen3-next-uncached", "gpt-oss-older")]
 
 
 @pytest.fixture(scope="module", params=["gpt-oss", "granite4", "qwen3-next", *FURTHER])
@@ -144,7 +148,9 @@ def side(request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.Te
         more=more,
         buffer_bytes=64 * CHUNK_TOKENS * (kind.full + kind.window) + 8 * kind.state,
         sidecar_keys={"park_ms": 3000, "fetch_port": 0},
-        decode_module="harness.spoiled",
+        prefill_module="harness.older" if kind.older else "pd_sidecar.connector",
+        decode_module="harness.older" if kind.older else "harness.spoiled",
+        connector={"allow_several_groups": True} if kind.older else {},
         env={"PD_TEST_SPOIL": str(spoil)},
     )
     with contextlib.ExitStack() as stack:
@@ -278,7 +284,7 @@ def test_the_first_token_from_the_prefill_engine(side: Side) -> None:
 
 @pytest.mark.own_engines
 @pytest.mark.parametrize("victim", ["sender", "receiver"])
-@pytest.mark.parametrize("side", ["granite4"], indirect=True)
+@pytest.mark.parametrize("side", ["granite4", pytest.param("gpt-oss-older", marks=pytest.mark.models)], indirect=True)
 def test_a_killed_sidecar_never_changes_a_text(side: Side, victim: str) -> None:
     pair, sidecar = side.pair, getattr(side.pair, victim)
     with Traffic(pair, clients=4, seed=71 if victim == "sender" else 72, bound_s=BOUND_S) as traffic:

@@ -50,8 +50,11 @@ class PairOptions:
     more: tuple[str, ...] = ()
     lora: dict[str, Path] = field(default_factory=dict)
     sidecar_keys: dict[str, object] = field(default_factory=dict)
-    # The module of the decode engine's connector.
+    # The modules of the two connectors.
+    prefill_module: str = "pd_sidecar.connector"
     decode_module: str = "pd_sidecar.connector"
+    # Further options of both connectors.
+    connector: dict[str, object] = field(default_factory=dict)
     # Further variables of the engines.
     env: dict[str, str] = field(default_factory=dict)
 
@@ -332,7 +335,8 @@ class Pair:
         side, own = ("sender", self.sender) if kv_role == "kv_producer" else ("receiver", self.receiver)
         sidecar = sidecar or own
         extra: dict[str, object] = {f"{side}_socket": str(sidecar.socket), "chunk_size": CHUNK_TOKENS}
-        module = "pd_sidecar.connector" if kv_role == "kv_producer" else self.options.decode_module
+        extra |= self.options.connector
+        module = self.options.prefill_module if kv_role == "kv_producer" else self.options.decode_module
         if workers != self.options.ranks:
             extra["ranks"] = self.options.ranks
         kv_transfer = {
