@@ -26,7 +26,7 @@ from vllm.v1.request import RequestStatus
 
 from pd_sidecar.kv.keys import ChunkHasher
 from pd_sidecar.kv.layout import Geometry, Hint, LayoutError, Writer
-from pd_sidecar.kv.parts import parts_of
+from pd_sidecar.kv.parts import parts_of, without_draft
 from pd_sidecar.kv.quantization import Quantization
 from pd_sidecar.options import config, lmcache, load_failure, own_sidecar
 from pd_sidecar.options.groups_choice import check_groups, has_several
@@ -384,6 +384,8 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
             "producer": self._producer,
             "consumer": self._consumer,
         }
+        if not self._options.move_draft:
+            kv_caches = without_draft(kv_caches, self._config.model_config.get_total_num_hidden_layers())
         try:
             parts = parts_of(
                 kv_caches,

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from pd_sidecar.kv.copier import piece_of
 from pd_sidecar.kv.layout import Hint, LayoutError, geometry
-from pd_sidecar.kv.parts import GroupPart, Parts, _check_alignment
+from pd_sidecar.kv.parts import GroupPart, Parts, _check_alignment, without_draft
 from pd_sidecar.kv.parts_copy import PartsCopier
 from pd_sidecar.kv.plan import Plan
 from pd_sidecar.kv.states import States
@@ -133,3 +133,9 @@ def test_states_of_kinds_that_are_not_tested_or_that_vllm_itself_spoils_are_refu
         states_of(tensors, spec("MAMBA1", "none"))
     with pytest.raises(LayoutError, match="speculative decoding"):
         states_of(tensors, replace(spec("MAMBA2", "none"), num_speculative_blocks=2))
+
+
+def test_the_layers_of_a_draft_are_those_after_the_models_own():
+    own = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+    drafts = ["model.layers.2.self_attn.attn", "layers.12.self_attn.attn", "mtp.layers.0.self_attn.attn"]
+    assert list(without_draft(dict.fromkeys([*own, *drafts]), 2)) == own

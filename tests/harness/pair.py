@@ -48,6 +48,8 @@ class PairOptions:
     # Size of each rank's buffer.
     buffer_bytes: int = BUFFER_BYTES
     more: tuple[str, ...] = ()
+    # Further flags of the decode engine.
+    decode_more: tuple[str, ...] = ()
     lora: dict[str, Path] = field(default_factory=dict)
     sidecar_keys: dict[str, object] = field(default_factory=dict)
     # The modules of the two connectors.
@@ -359,7 +361,7 @@ class Pair:
             workers=workers,
             forked=self.options.forked,
             lora=self.options.lora,
-            more=self.options.more,
+            more=self.options.more + (() if kv_role == "kv_producer" else self.options.decode_more),
             env={"PYTHONPATH": os.pathsep.join(path), **self.options.env},
         )
 

@@ -7,6 +7,7 @@ differ in shape or dtype become several groups of the layout, with the same tabl
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,18 @@ def parts_of(
     return Parts(tuple(found))
 
 
+def without_draft(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Returns the tensors of the model itself, which has `layers` layers. vLLM numbers the layers of a draft model
+    after the layers of the model, or names them `mtp`.
+    """
+
+    def is_draft(name: str) -> bool:
+        number = LAYER.search(name)
+        return "mtp" in name.split(".") or (number is not None and int(number[1]) >= layers)
+
+    return {name: tensor for name, tensor in tensors.items() if not is_draft(name)}
+
+
 def _check_alignment(parts: Sequence[GroupPart]) -> None:
     """Checks that each group begins at a multiple of its elements' size in every slot. Raises `LayoutError`."""
     for part in parts:
@@ -218,3 +231,7 @@ def _hint(spec: Any, num_blocks: int, block_tokens: int) -> Hint:
         # same shape.
         raise LayoutError(f"pages of {spec.num_kv_heads} KV heads have {slots} places instead of one per head")
     return Hint(num_blocks, block_tokens, spec.num_kv_heads, spec.head_size, isinstance(spec, MLAAttentionSpec))
+
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+"""The number of a layer in its name."""

@@ -67,6 +67,10 @@ class Options:
     """Further arguments of a spawned sidecar, as in a shell."""
     allow_load_failure_policy_fail: bool = False
     """If true, the engine starts although vLLM would answer a failed load with HTTP 500."""
+    move_draft: bool = True
+    """False if only one side has a draft model: this side then leaves the draft's KV out. Its draft knows nothing of a
+    prompt whose KV was moved, and guesses worse until it has seen tokens of the answer. Texts do not change.
+    """
     allow_several_groups: bool = False
     """If true, the engine starts with several KV groups where this is not tested enough: on GPUs, and with versions of
     vLLM that accept no report about a failed load of several groups.
