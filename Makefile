@@ -25,6 +25,8 @@ RELEASE = $(or $(PD_BINARIES),$(abspath target/release))
 GPU ?=
 # The benchmarks to run, any of pushes, handshakes, engines, ways, proxies, crowd; all if empty.
 BENCH ?=
+# The versions of vLLM for `make compat`.
+COMPAT ?= 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 # The etcd program for the tests of the shared registry; version 3.4 or newer.
 ETCD ?= target/etcd/usr/bin/etcd
 # The Redis program for the tests of discovery through Mooncake's metadata server.
@@ -33,7 +35,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines models differential entrypoints clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +103,10 @@ differential: venv programs ## Send 944 requests to one plain vLLM and through t
 entrypoints: venv programs ## Run vLLM's own tests of its endpoints, plain and through the proxy; writes target/entrypoints.md
 	scripts/vllm-tests.sh target/vllm-tests "$(VENV)"
 	$(PYTHON_IN_VENV) tests/entrypoints/run.py target/vllm-tests
+
+compat: venv ## Run the connector's unit tests over other versions of vLLM, from their source distributions; writes target/compat.md
+	scripts/compat.sh target/compat "$(VENV)" $(COMPAT)
+	$(PYTHON_IN_VENV) tests/compat/run.py target/compat $(COMPAT)
 
 clients: venv programs ## Run real clients, plain and through the proxy; needs npm; writes target/clients.md
 	scripts/clients.sh target/clients "$(VENV)"

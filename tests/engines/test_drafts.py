@@ -45,7 +45,8 @@ class Drafted:
         """Hands prompts over, and checks the texts and what moved. Returns for each prompt the number of guesses that
         the decode engine and the plain instance accepted.
         """
-        ours, plain = [], []
+        ours: list[int] = []
+        plain: list[int] = []
         for n in lengths:
             tokens = prompt(n, seed=seed)
             with counted(self.pair.decode, ours):

@@ -1,4 +1,4 @@
-"""Hands over models whose KV has several groups: windows and states beside full attention.
+"""Hands over models whose KV has several groups, windows and states beside full attention, and other kinds of models.
 
 The bytes of each request are computed here from the model's sizes, not by the connector's plan.
 """
@@ -51,6 +51,11 @@ class Kind:
     older: bool = False
     """True if the connectors use only what vLLM 0.24 offers."""
 
+    @property
+    def last(self) -> int:
+        """The number of prompt tokens that the prefill side leaves to the decode side."""
+        return int(bool(self.window or self.state))
+
     def bytes(self, tokens: int, have: int = 0) -> int:
         """The bytes that move for a decode side that computes token `tokens` next and has `have` tokens."""
         window = min(tokens - have, WINDOW - 1)
@@ -76,6 +81,7 @@ class Kind:
 LAYER = 2 * 2 * 32 * 4  # K and V of two heads of size 32, in float32
 MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
 GDN = (3 * 1024 + 4 * 128 * 128) * 2
+SHORT = 3 * 128 * 4
 NEAR = 0.3
 NO_CACHE = ("--no-enable-prefix-caching",)
 QWEN3_NEXT = Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16")
@@ -84,6 +90,11 @@ KINDS = {
     "gpt-oss": GPT_OSS,
     "gpt-oss-older": replace(GPT_OSS, older=True),
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
+    # Two layers have KV of their own, and heads of full attention are twice as large.
+    "gemma4": Kind("gemma4", 2 * LAYER, window=LAYER),
+    "lfm2": Kind("lfm2", LAYER, state=3 * SHORT, groups=4, more=NO_CACHE),
+    "mistral": Kind("mistral", 0, window=4 * LAYER, groups=1),
+    "qwen3-moe": Kind("qwen3-moe", 4 * LAYER, groups=1),
     # vLLM's kernel for Mamba 2 on CPUs has no states for a prefix cache.
     "granite4": Kind("granite4", LAYER, state=3 * MAMBA2, groups=4, more=NO_CACHE),
     "qwen3-next": QWEN3_NEXT,
@@ -120,16 +131,17 @@ class Side:
         moved = self.pair.move(tokens, max_tokens=max_tokens, **TOP)
         expect = self.reference.answer(tokens, max_tokens=max_tokens, **TOP)
         assert self.kind.is_same(moved.answer, expect), (len(tokens), moved.answer, expect)
-        resumed = len(tokens) - 1
+        resumed = len(tokens) - self.kind.last
         assert (moved.tokens.cached, moved.tokens.external) == (cached, resumed - cached), (len(tokens), moved.tokens)
-        assert moved.tokens.computed == 1, moved.tokens
+        assert moved.tokens.computed == self.kind.last, moved.tokens
         for record in (moved.sender, moved.receiver):
             assert (record["reason"], record["have_tokens"]) == (None, cached), record
             assert record["bytes"] == self.kind.bytes(resumed, cached), (len(tokens), record)
         return moved.answer.token_ids
 
 
-FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in ("gemma3", "qwen3-next-uncached", "gpt-oss-older")]
+MODELS = ("gemma3", "gemma4", "lfm2", "mistral", "qwen3-moe", "qwen3-next-uncached", "gpt-oss-older")
+FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in MODELS]
 
 
 @pytest.fixture(scope="module", params=["gpt-oss", "granite4", "qwen3-next", *FURTHER])
@@ -207,7 +219,7 @@ def test_eight_at_once(side: Side) -> None:
     for tokens, answer in zip(prompts, answers, strict=True):
         assert side.kind.is_same(answer, side.expect(tokens)), len(tokens)
         record = side.pair.receiver.record(answer.headers["x-request-id"])
-        assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(len(tokens) - 1)), record
+        assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(len(tokens) - side.kind.last)), record
 
 
 @pytest.mark.own_engines
@@ -246,10 +258,11 @@ def test_a_router_that_names_no_receiver(side: Side) -> None:
         answer = complete(pair.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told, **TOP)
         assert side.kind.is_same(answer, side.expect(tokens)), n
         spent = pair.prompt_tokens_since(before, n)
-        assert (spent.cached, spent.external, spent.computed) == (0, n - 1, 1), spent
+        last = side.kind.last
+        assert (spent.cached, spent.external, spent.computed) == (0, n - last, last), spent
         # The sidecars know the request by the decode engine's id.
         record = pair.receiver.records()[-1]
-        assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(n - 1)), record
+        assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(n - last)), record
     # An idle engine frees the blocks of fetched KV with its next step.
     pair.prefill.warm_up()
 

@@ -1,4 +1,4 @@
-"""Writes small models with random weights whose KV has several groups.
+"""Writes small models with random weights: models whose KV has several groups, and others that many people serve.
 
 Each model has the tokenizer of `harness.model`. The standard deviation of the weights is so large that a greedy answer
 depends on every group's KV.
@@ -109,7 +109,55 @@ def granite4() -> PretrainedConfig:
     )
 
 
-MODELS = {"gpt-oss": gpt_oss, "gemma3": gemma3, "qwen3-next": qwen3_next, "granite4": granite4}
+def gemma4() -> PretrainedConfig:
+    """Heads of full attention are larger than heads of windows, and the last two layers use the KV of the first two."""
+    from transformers import Gemma4TextConfig
+
+    return Gemma4TextConfig(
+        **COMMON,
+        sliding_window=WINDOW,
+        layer_types=list(TYPES) * (LAYERS // 2),
+        global_head_dim=64,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCABULARY,
+    )
+
+
+def lfm2() -> PretrainedConfig:
+    """Three layers of a short convolution, which have a state, and one of full attention."""
+    from transformers import Lfm2Config
+
+    common = {name: value for name, value in COMMON.items() if name != "head_dim"}
+    types = ["conv", "conv", "full_attention", "conv"]
+    return Lfm2Config(**common, layer_types=types, conv_L_cache=4, block_auto_adjust_ff_dim=False)
+
+
+def mistral() -> PretrainedConfig:
+    """A sliding window in all layers."""
+    from transformers import MistralConfig
+
+    return MistralConfig(**COMMON, sliding_window=WINDOW)
+
+
+def qwen3_moe() -> PretrainedConfig:
+    """Full attention in all layers, and experts."""
+    from transformers import Qwen3MoeConfig
+
+    # Each token uses all experts, as in `qwen3_next`.
+    return Qwen3MoeConfig(**COMMON, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=64)
+
+
+MODELS = {
+    "gpt-oss": gpt_oss,
+    "gemma3": gemma3,
+    "gemma4": gemma4,
+    "qwen3-next": qwen3_next,
+    "granite4": granite4,
+    "lfm2": lfm2,
+    "mistral": mistral,
+    "qwen3-moe": qwen3_moe,
+}
 
 
 def write_hybrid(folder: Path, model_name: str, std: float = 0.1) -> Path:
