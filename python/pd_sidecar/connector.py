@@ -154,13 +154,13 @@ class PdSidecarConnector(KVConnectorBase_V1, SupportsGroups):
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         self._of_scheduler.keeping.pool = kv_cache_manager.block_pool
-        self._of_scheduler.local_cache.bind(kv_cache_manager)
+        self._of_scheduler.bind(kv_cache_manager)
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """Older versions of vLLM call this method instead of `bind_kv_cache_manager`."""
         if self._engine is not None:
             self._engine.check()
-            self._of_scheduler.local_cache.bind(self._engine.kv_cache_manager)
+            self._of_scheduler.bind(self._engine.kv_cache_manager)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         metadata = self._of_scheduler.step(scheduler_output)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_scheduler import Rig, load_params, request
+from test_scheduler import BLOCK, BOTH, Rig, load_params, output, request
 from test_worker import BLOCKS, LAYERS, TABLE
 from test_worker import Rig as Workers
 
+from pd_sidecar.kv.keys import ChunkHasher
 from pd_sidecar.kv.layout import Hint, geometry
 from pd_sidecar.scheduler.metadata import CopyStart
+from pd_sidecar.scheduler.scheduler import Scheduler
+from pd_sidecar.scheduler.sequences import blocks_to_copy
+from pd_sidecar.scheduler.stats import Stats
+from pd_sidecar.scheduler.tables import TableRule
 
 TOKENS = 40
 
@@ -56,8 +62,8 @@ def test_the_first_loads_and_the_others_copy_from_it(rig):
     rig.scheduler.allocated(third, ([1, 2, 7],), TOKENS - 32)
     metadata = rig.step()
     assert metadata.copy_starts == [
-        CopyStart(second.request_id, [1, 2, 3], [4, 5, 6]),
-        CopyStart(third.request_id, [3], [7]),
+        CopyStart(second.request_id, ([1, 2, 3],), ([4, 5, 6],)),
+        CopyStart(third.request_id, ([3],), ([7],)),
     ]
     assert not metadata.load_starts
     rig.scheduler.reported((), [second.request_id, third.request_id])
@@ -84,7 +90,7 @@ def test_blocks_that_are_no_longer_the_first_ones_are_not_copied(rig):
     run(rig, first, [7, 8, 9])
     assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
     rig.scheduler.allocated(second, ([4, 5, 6],), TOKENS)
-    assert rig.step().copy_starts == [CopyStart(second.request_id, [7, 8, 9], [4, 5, 6])]
+    assert rig.step().copy_starts == [CopyStart(second.request_id, ([7, 8, 9],), ([4, 5, 6],))]
 
 
 def test_a_prompt_that_the_first_still_computes_is_waited_for(rig):
@@ -98,7 +104,7 @@ def test_a_prompt_that_the_first_still_computes_is_waited_for(rig):
     first.num_computed_tokens = TOKENS
     assert rig.scheduler.matched_tokens(second, 0) == (TOKENS, True)
     rig.scheduler.allocated(second, ([7, 8, 9],), TOKENS)
-    assert rig.step().copy_starts == [CopyStart(second.request_id, [4, 5, 6], [7, 8, 9])]
+    assert rig.step().copy_starts == [CopyStart(second.request_id, ([4, 5, 6],), ([7, 8, 9],))]
 
 
 def test_the_others_compute_once_the_first_is_gone(rig):
@@ -157,10 +163,94 @@ def test_a_worker_copies_before_the_step_computes_and_reports_once(tmp_path):
     try:
         expect = rig.kv(TABLE, 0, 32)
         free = [block for block in range(BLOCKS) if block not in TABLE][: len(TABLE)]
-        _, results = rig.step(copy_starts=[CopyStart("b", TABLE, free)])
+        _, results = rig.step(copy_starts=[CopyStart("b", (TABLE,), (free,))])
         assert torch.equal(rig.kv(free, 0, 32), expect)
         assert expect.shape[1] == LAYERS
         assert (results.received, results.failed) == ({"b"}, {})
         assert rig.step()[1].received == set()
     finally:
         rig.worker.close()
+
+
+RULES = (
+    TableRule(16),
+    TableRule(16, is_partial=True),
+    TableRule(64, is_state=True, is_partial=True),
+    TableRule(16, is_state=True, is_partial=True),
+)
+
+
+def test_each_group_is_copied_as_it_is_before_the_first_step():
+    """The first sequence resumes at token 40. Its window begins in its second block, and its state with a prefix cache
+    is in the block of token 39; the block of the next state follows.
+    """
+    sources = ([1, 2, 3], [0, 4, 5], [6], [0, 0, 7, 8])
+    own = ([1, 12, 13], [0, 14, 15], [16], [0, 0, 17])
+    assert blocks_to_copy(RULES, sources, own, 40) == (
+        ([2, 3], [4, 5], [6], [7]),
+        ([12, 13], [14, 15], [16], [17]),
+    )
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        pytest.param(([1, 2, 3], [0, 0, 5], [6], [0, 0, 7]), id="a block has left the window"),
+        pytest.param(([1, 2, 3], [0, 4, 5], [6], [0, 0, 0, 8]), id="the state is gone"),
+        pytest.param(([1, 2], [0, 4, 5], [6], [0, 0, 7]), id="a block is missing"),
+    ],
+)
+def test_what_the_first_sequence_lacks_is_not_copied(sources):
+    assert blocks_to_copy(RULES, sources, ([11, 12, 13], [0, 14, 15], [16], [0, 0, 17]), 40) is None
+
+
+def of_windows():
+    tables = (TableRule(BLOCK), TableRule(BLOCK, is_partial=True))
+    scheduler = Scheduler(replace(BOTH, tables=tables, has_prefix_cache=False), ChunkHasher("sha256_cbor", 32), Stats())
+    scheduler.manager = SimpleNamespace(get_block_ids=lambda engine_id: ([1, 2, 3], [0, 4, 5]))
+    return scheduler
+
+
+def parked(scheduler):
+    first, second = children(2)
+    assert scheduler.matched_tokens(first, 0) == (TOKENS - 1, True)
+    scheduler.allocated(first, ([1, 2, 3], [0, 4, 5]), TOKENS - 1)
+    first.status, first.num_computed_tokens = SimpleNamespace(name="WAITING_FOR_REMOTE_KVS"), TOKENS - 1
+    assert scheduler.matched_tokens(second, 0) == (None, False)
+    scheduler.reported((), [first.request_id])
+    assert scheduler.matched_tokens(second, 0) == (None, False)
+    return first, second
+
+
+def test_windows_are_copied_in_the_first_step_of_the_first_sequence():
+    scheduler = of_windows()
+    first, second = parked(scheduler)
+    first.status = SimpleNamespace(name="RUNNING")
+    assert scheduler.matched_tokens(second, 0) == (TOKENS - 1, True)
+    scheduler.allocated(second, ([11, 12, 13], [0, 14, 15]), TOKENS - 1)
+    copy = CopyStart(second.request_id, ([1, 2, 3], [4, 5]), ([11, 12, 13], [14, 15]))
+    assert scheduler.step(output()).copy_starts == [copy]
+
+
+def test_windows_are_not_copied_later():
+    scheduler = of_windows()
+    first, second = parked(scheduler)
+    first.status, first.num_computed_tokens = SimpleNamespace(name="RUNNING"), TOKENS
+    assert scheduler.matched_tokens(second, 0) == (0, False)
+
+
+def test_windows_are_not_copied_from_a_request_whose_load_failed():
+    scheduler = of_windows()
+    first, second = parked(scheduler)
+    first.status, first.num_computed_tokens = SimpleNamespace(name="WAITING"), 0
+    assert scheduler.matched_tokens(second, 0) == (0, False)
+
+
+def test_a_copy_without_a_block_fails():
+    scheduler = of_windows()
+    first, second = parked(scheduler)
+    first.status = SimpleNamespace(name="RUNNING")
+    assert scheduler.matched_tokens(second, 0) == (TOKENS - 1, True)
+    scheduler.manager = SimpleNamespace(get_block_ids=lambda engine_id: ([1, 2, 3], [0, 0, 5]))
+    scheduler.allocated(second, ([11, 12, 13], [0, 14, 15]), TOKENS - 1)
+    assert [copy.is_possible for copy in scheduler.step(output()).copy_starts] == [False]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.client import Answer, Stream, complete
+from harness.client import Answer, Stream, complete, post_json
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.hybrids import WINDOW, write_hybrid
 from harness.pair import Pair, PairOptions, pair_of
@@ -26,7 +26,7 @@ from harness.routers import prefill_leg
 from harness.sidecar import CHUNK_TOKENS, ROOT
 from harness.traffic import Traffic
 
-TOKENS = 16
+TOKENS, SEQUENCES = 16, 3
 BOUND_S = 20.0
 # The most probable tokens of each place, by number, with their log-probabilities.
 TOP: dict[str, Any] = {"logprobs": 5, "return_tokens_as_token_ids": True}
@@ -265,6 +265,31 @@ def test_a_router_that_names_no_receiver(side: Side) -> None:
         assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(n - last)), record
     # An idle engine frees the blocks of fetched KV with its next step.
     pair.prefill.warm_up()
+
+
+@pytest.mark.own_engines
+@pytest.mark.parametrize(
+    "side", ["gpt-oss", "granite4", pytest.param("mistral", marks=pytest.mark.models)], indirect=True
+)
+def test_sequences_of_one_prompt_share_one_copy(side: Side) -> None:
+    pair = side.pair
+    for n in (40, 300):
+        tokens = prompt(n, seed=7000 + n)
+        request = {
+            "model": "m", "prompt": tokens, "n": SEQUENCES, "temperature": 1.0, "seed": 5, "max_tokens": TOKENS,
+            "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        before = pair.decode.prompt_tokens()
+        answer, expect = (
+            [choice["token_ids"] for choice in post_json(f"{url}/v1/completions", request)["choices"]]
+            for url in (pair.proxy.url, side.reference.engine.url)
+        )
+        assert len(set(map(tuple, expect))) == SEQUENCES, "equal sequences prove nothing"
+        assert answer == expect, n
+        spent = pair.prompt_tokens_since(before, SEQUENCES * n)
+        assert (spent.external, spent.computed) == (SEQUENCES * (n - 1), SEQUENCES), spent
+        record = pair.receiver.records()[-1]
+        assert (record["reason"], record["bytes"]) == (None, side.kind.bytes(n - 1)), record
 
 
 @pytest.mark.own_engines

@@ -32,6 +32,12 @@ class States:
         """The bytes of one request's state in all layers."""
         return sum(tensor[0].numel() * tensor.element_size() for layer in self.layers for tensor in layer)
 
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies the states in some blocks to other blocks, in the order of `Geometry.copy_blocks`."""
+        for tensor in (tensor for layer in self.layers for tensor in layer):
+            source, target = (torch.tensor(list(ids), device=tensor.device) for ids in (sources, targets))
+            tensor.index_copy_(0, target, tensor.index_select(0, source))
+
     @property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """The dtype and the shape of each tensor, which must be equal on both sides."""

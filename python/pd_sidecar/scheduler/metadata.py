@@ -87,10 +87,12 @@ class CopyStart:
     """A decode request has the same prompt as a running request, and copies that request's KV, block by block."""
 
     engine_id: str
-    sources: list[int]
-    """The blocks to copy from. The other request keeps these blocks until this step is over."""
-    blocks: list[int]
+    sources: Tables
+    """The blocks to copy from, by vLLM group. They hold the KV until this step computes."""
+    blocks: Tables
     """The blocks to copy to, one for each block of `sources`."""
+    is_possible: bool = True
+    """False if the other request lacks a block. The worker then reports a failed load."""
 
 
 @dataclass

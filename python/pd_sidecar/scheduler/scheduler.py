@@ -15,7 +15,8 @@ object holds the state of a request.
 
 With n > 1 vLLM makes one engine request per sequence, and all of these requests have the same prompt. The first request
 loads the KV. The other requests wait until the first request runs. Then the other requests copy the KV that they lack
-from the blocks of the first request, so the KV is moved only once.
+from the blocks of the first request, so the KV is moved only once. With windows or states they can do this only in the
+first request's first step (`sequences`).
 
 With a list of prompts vLLM makes one engine request per prompt, all with the same `kv_transfer_params`. Each prompt is
 a transfer of its own: both sides add the number of the prompt to its `req`.
@@ -35,6 +36,7 @@ from pd_sidecar.scheduler.kept import Keeping, new_token
 from pd_sidecar.scheduler.local_cache import LocalCache
 from pd_sidecar.scheduler.metadata import CopyStart, LoadStart, PushStart, PushStep, StepMetadata
 from pd_sidecar.scheduler.scheduled import scheduled, tables_now
+from pd_sidecar.scheduler.sequences import blocks_to_copy, is_at_its_first_step
 from pd_sidecar.scheduler.states import Load, LoadPhase, Push, PushPhase, Skipped
 from pd_sidecar.scheduler.tables import blocks_of, covers, used
 from pd_sidecar.scheduler.tagging import tags_of, untagged
@@ -43,6 +45,7 @@ from pd_sidecar.scheduler.truncation import media_beyond, truncate
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -72,8 +75,15 @@ class Scheduler:
         self.local_cache = LocalCache(role.tables, is_on=role.has_prefix_cache)
         self.engine: EngineScheduler | None = None
         """vLLM's scheduler, if this vLLM does not pass the whole block tables of several groups."""
+        self.manager: KVCacheManager | None = None
+        """The manager of vLLM's blocks, if vLLM has passed it."""
         self.unmoved = False
         """True if the workers cannot move this model's KV. The scheduler then starts no transfer."""
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """Takes the manager of vLLM's blocks. Call this before the first request."""
+        self.manager = manager
+        self.local_cache.bind(manager)
 
     def arrived(self, request: Request) -> None:
         """Handles a request that vLLM puts into its queue: its KV must not expire while the request waits, and a prompt
@@ -100,8 +110,14 @@ class Scheduler:
                 # The source request has ended, and its blocks may belong to another request now.
                 state.phase = LoadPhase.SETTLED
                 return 0, False
-            if not state.source.is_copyable(self._blocks_of(state.source.pushed_tokens)):
-                return None, False
+            if self._role.is_plain:
+                if not state.source.is_copyable(self._blocks_of(state.source.pushed_tokens)):
+                    return None, False
+            elif not (is_now := is_at_its_first_step(state.source)):
+                if is_now is False:
+                    state.phase = LoadPhase.SETTLED
+                    self._stats.add_reason("skipped", Skip.KV_GROUPS.value)
+                return (None if is_now is None else 0), False
         state.have_tokens = computed
         count = state.pushed_tokens - computed
         return (count, True) if count > 0 else (0, False)
@@ -119,11 +135,16 @@ class Scheduler:
             self._next.dismissed.append(state.transfer.req)
             return
         state.phase = LoadPhase.PARKED
+        if state.source is not None and not self._role.is_plain:
+            self.local_cache.exclude_partial(request.request_id, state.have_tokens, state.pushed_tokens)
+            self._next.copy_starts.append(self._copy_start(state, tables))
+            self._stats.add("copied_tokens", external_tokens)
+            return
         if state.source is not None:
             first = state.have_tokens // self._role.block_tokens
             last = self._blocks_of(state.have_tokens + external_tokens)
             sources, own = state.source.table[first:last], tables[0][first:last]
-            self._next.copy_starts.append(CopyStart(request.request_id, sources, own))
+            self._next.copy_starts.append(CopyStart(request.request_id, (sources,), (own,)))
             self._stats.add("copied_tokens", external_tokens)
             return
         self.local_cache.exclude_partial(request.request_id, state.have_tokens, state.pushed_tokens)
@@ -150,6 +171,16 @@ class Scheduler:
                 source=state.transfer.kept,
             )
         )
+
+    def _copy_start(self, state: Load, tables: Tables) -> CopyStart:
+        assert state.source is not None
+        assert self.manager is not None
+        engine_id = state.request.request_id
+        sources = self.manager.get_block_ids(state.source.request.request_id)
+        found = blocks_to_copy(self._role.tables, sources, tables, state.pushed_tokens)
+        if found is None:
+            return CopyStart(engine_id, (), (blocks_of(tables),), is_possible=False)
+        return CopyStart(engine_id, *found)
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
         """Returns the message to the workers for this step."""
@@ -283,7 +314,7 @@ class Scheduler:
         weights = "" if isinstance(adapter, Skip) else adapter
         if not self._claim(wish, request.request_id):
             source = self._source(wish, request)
-            if source is not None and len(self._role.tables) > 1:
+            if source is not None and not self._role.is_plain and self.manager is None:
                 return Skipped(Skip.KV_GROUPS)
             return Skipped(Skip.DUPLICATE) if source is None else Load(request, wish, weights, source=source)
         if wish.is_push:

@@ -122,6 +122,11 @@ class Role:
         return self.tables[0].block_tokens
 
     @property
+    def is_plain(self) -> bool:
+        """True for one group of full attention, whose blocks keep what a load has written until the request ends."""
+        return len(self.tables) == 1 and not self.backoff
+
+    @property
     def backoff(self) -> int:
         """The number of prompt tokens at the end that the prefill side leaves to the decode side.
 

@@ -66,7 +66,7 @@ class DisabledWorker:
             self._results.failed[start.engine_id] = start.missing_blocks
         for copy in metadata.copy_starts:
             self._results.received.add(copy.engine_id)
-            self._results.failed[copy.engine_id] = copy.blocks
+            self._results.failed[copy.engine_id] = [block for blocks in copy.blocks for block in blocks]
         for _ in metadata.push_starts:
             self._stats.add_reason("save_failures", "layout")
 

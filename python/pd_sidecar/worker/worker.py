@@ -173,13 +173,17 @@ class Worker:
         """Copies KV from running requests to other sequences of the same client requests (n > 1). `Receiver.begin` has
         already launched the scatters of the running requests.
         """
-        if not starts:
-            return
-        sources = [block for start in starts for block in start.sources]
-        targets = [block for start in starts for block in start.blocks]
-        self._parts.only.copy_blocks(sources, targets)
+        possible = [start for start in starts if start.is_possible]
+        if possible:
+            for part in self._parts.parts:
+                sources = [block for start in possible for block in start.sources[part.table]]
+                targets = [block for start in possible for block in start.blocks[part.table]]
+                part.pages.copy_blocks(sources, targets)
         with self._results:
             self._loaded.received |= {start.engine_id for start in starts}
+            for start in starts:
+                if not start.is_possible:
+                    self._loaded.failed[start.engine_id] = [block for blocks in start.blocks for block in blocks]
 
     def layer_computed(self, name: str) -> None:
         """Runs within the forward, after a layer's attention."""
