@@ -11,6 +11,7 @@ from fake_sidecar import FakeSidecar
 from test_scheduler import load_params, output, push_params, request
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.v1.core.kv_cache_utils import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput
@@ -367,7 +368,7 @@ def test_the_user_may_keep_the_policy_fail():
     [("recompute", "recompute", True), ("fail", "recompute", False), ("recompute", "fail", False)],
 )
 def test_a_child_of_multi_connector_needs_the_policy_in_both_places(outer, inner, starts):
-    class Parent(module.MultiConnector):
+    class Parent(MultiConnector):
         def __init__(self):
             self._vllm_config = config(policy=outer)
             PdSidecarConnector(config(policy=inner), KVConnectorRole.SCHEDULER, cache())

@@ -316,7 +316,9 @@ class Scheduler:
             source = self._source(wish, request)
             if source is not None and not self._role.is_plain and self.manager is None:
                 return Skipped(Skip.KV_GROUPS)
-            return Skipped(Skip.DUPLICATE) if source is None else Load(request, wish, weights, source=source)
+            if source is None:
+                return Skipped(Skip.DUPLICATE)
+            return Load(request, wish, weights, backoff=self._role.backoff, source=source)
         if wish.is_push:
             return Push(request, wish, weights, token=new_token() if wish.keeps else "", tokens=tokens)
         self._expect(wish)
