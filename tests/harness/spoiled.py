@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from pd_sidecar.connector import PdSidecarConnector
+from pd_sidecar.kv.host_copy import HostCopier
 from pd_sidecar.kv.parts_copy import PartsCopier
 
 __all__ = ["PdSidecarConnector"]
 
-_scatter = PartsCopier.scatter
+
+def _spoil(copier: Any) -> None:
+    scatter = copier.scatter
+
+    def spoiled(self: Any, pieces: Any, *rest: Any) -> Any:
+        file = Path(os.environ["PD_TEST_SPOIL"])
+        lost = int(file.read_text()) if file.exists() else None
+        return scatter(self, [piece for piece in pieces if piece.part != lost], *rest)
+
+    copier.scatter = spoiled
 
 
-def _spoiled(self: PartsCopier, pieces: Any, *rest: Any) -> Any:
-    file = Path(os.environ["PD_TEST_SPOIL"])
-    lost = int(file.read_text()) if file.exists() else None
-    return _scatter(self, [piece for piece in pieces if piece.part != lost], *rest)
-
-
-PartsCopier.scatter = _spoiled  # type: ignore[assignment,method-assign]
+for each in (HostCopier, PartsCopier):
+    _spoil(each)
