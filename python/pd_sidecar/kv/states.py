@@ -63,10 +63,7 @@ def states(tensors: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], spec: A
             raise LayoutError(f"{name}: states of {[tuple(t.shape) for t in own]} do not fit {spec.shapes}")
         is_on_cpu = own[0].device.type == "cpu"
         if is_on_cpu and spec.mamba_cache_mode != "none" and spec.mamba_type.name in UNCACHED:
-            raise LayoutError(
-                "vLLM's own kernel for Mamba 2 on CPUs does not return the states that vLLM's prefix cache needs: set "
-                "--no-enable-prefix-caching on both sides"
-            )
+            raise LayoutError(f"{UNCACHED[spec.mamba_type.name]}: set --no-enable-prefix-caching on both sides")
         if has_convolution and _is_channels_first():
             own[0] = own[0].transpose(1, 2)
         layers.append(tuple(own))
@@ -95,10 +92,15 @@ def _is_channels_first() -> bool:
     return is_conv_state_dim_first()
 
 
-MOVED = ("MAMBA2", "GDN_ATTN")
+MOVED = ("MAMBA2", "GDN_ATTN", "SHORT_CONV")
 """The kinds of states whose hand-over is tested with an engine."""
-UNCACHED = ("MAMBA2",)
-"""The kinds of states that vLLM 0.32 cannot keep in a prefix cache on CPUs. With a prefix cache vLLM expects that the
-kernel also returns the state at the last block's end. The CPU's kernel returns only the last state. Then the engine
-ends with an `IndexError`, or keeps the state of another position.
+UNCACHED = {
+    "MAMBA2": "vLLM's own kernel for Mamba 2 on CPUs does not return the states that vLLM's prefix cache needs",
+    "SHORT_CONV": "short convolutions beside a prefix cache are not tested on CPUs",
+}
+"""The kinds of states that are refused on CPUs beside a prefix cache, and the reasons.
+
+With a prefix cache, vLLM 0.32 expects that the kernel of Mamba 2 also returns the state at the last block's end. The
+CPU's kernel returns only the last state. Then the engine ends with an `IndexError`, or keeps the state of another
+position.
 """
