@@ -328,7 +328,7 @@ def test_after_a_restart_of_the_sidecar_the_first_answer_names_the_new_port(tmp_
 
     def compute(step):
         worker.bind_connector_metadata(scheduler.build_connector_meta(step))
-        sent = worker.get_transfer_results(set()).finished_sending
+        sent = test_connector.results_of(worker).finished_sending
         meta = worker.build_connector_worker_meta()
         return KVConnectorOutput(finished_sending=sent, kv_connector_worker_meta=meta)
 

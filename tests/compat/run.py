@@ -47,7 +47,8 @@ def run(tree: Path) -> tuple[dict[str, int], list[str]]:
     )
     output = done.stdout.splitlines() or [done.stderr]
     counts = {name: int(number) for number, name in SUMMARY.findall(output[-1])}
-    failures = [line.removeprefix("FAILED ").split(" - ")[0] for line in output if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in output if line.startswith(("FAILED tests", "ERROR tests"))]
+    failures = [line.removeprefix("FAILED ").split(" - ")[0] for line in failed]
     return counts, failures
 
 

@@ -212,6 +212,24 @@ def test_the_text_depends_on_each_group(side: Side) -> None:
 
 
 @pytest.mark.own_engines
+@pytest.mark.parametrize("lost", ["state", "tokens"])
+@pytest.mark.parametrize("side", ["granite4"], indirect=True)
+def test_a_load_that_fails_in_its_middle_is_computed_again(side: Side, lost: str) -> None:
+    """The tokens have arrived and the state has not, or the reverse."""
+    tokens = prompt(700, seed=8)
+    before = side.pair.decode.prompt_tokens()
+    side.spoil.write_text(lost)
+    try:
+        answer = side.pair.complete(tokens, max_tokens=TOKENS, **TOP)
+    finally:
+        side.spoil.unlink()
+    assert side.kind.is_same(answer, side.expect(tokens)), answer
+    spent = side.pair.prompt_tokens_since(before, len(tokens))
+    assert (spent.external, spent.computed) == (0, len(tokens)), spent
+    side.move(tokens)
+
+
+@pytest.mark.own_engines
 def test_eight_at_once(side: Side) -> None:
     prompts = [prompt(150 + 97 * i, seed=2000 + i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
