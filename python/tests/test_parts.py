@@ -127,9 +127,8 @@ def test_states_of_kinds_that_are_not_tested_or_that_vllm_itself_spoils_are_refu
     tensors = {"state.0": [torch.zeros(BLOCKS, 3, 6), torch.zeros(BLOCKS, 2, 5)]}
     for kind, mode in (("GDN_ATTN", "none"), ("GDN_ATTN", "align"), ("MAMBA2", "none")):
         assert states_of(tensors, spec(kind, mode)).names == ("state.0",)
-    for kind in ("MAMBA2", "SHORT_CONV"):
-        with pytest.raises(LayoutError, match="--no-enable-prefix-caching"):
-            states_of(tensors, spec(kind, "align"))
+    with pytest.raises(LayoutError, match="--no-enable-prefix-caching"):
+        states_of(tensors, spec("MAMBA2", "align"))
     with pytest.raises(LayoutError, match="kind MAMBA1"):
         states_of(tensors, spec("MAMBA1", "none"))
     with pytest.raises(LayoutError, match="speculative decoding"):

@@ -81,7 +81,6 @@ class Kind:
 LAYER = 2 * 2 * 32 * 4  # K and V of two heads of size 32, in float32
 MAMBA2 = (3 * 288 + 8 * 32 * 16) * 4
 GDN = (3 * 1024 + 4 * 128 * 128) * 2
-SHORT = 3 * 128 * 4
 NEAR = 0.3
 NO_CACHE = ("--no-enable-prefix-caching",)
 QWEN3_NEXT = Kind("qwen3-next", LAYER // 2, state=3 * GDN, groups=4, near=NEAR, dtype="bfloat16")
@@ -92,7 +91,6 @@ KINDS = {
     "gemma3": Kind("gemma3", LAYER, window=3 * LAYER, groups=4),
     # Two layers have KV of their own, and heads of full attention are twice as large.
     "gemma4": Kind("gemma4", 2 * LAYER, window=LAYER),
-    "lfm2": Kind("lfm2", LAYER, state=3 * SHORT, groups=4, more=NO_CACHE),
     "mistral": Kind("mistral", 0, window=4 * LAYER, groups=1),
     "qwen3-moe": Kind("qwen3-moe", 4 * LAYER, groups=1),
     # vLLM's kernel for Mamba 2 on CPUs has no states for a prefix cache.
@@ -140,7 +138,7 @@ class Side:
         return moved.answer.token_ids
 
 
-MODELS = ("gemma3", "gemma4", "lfm2", "mistral", "qwen3-moe", "qwen3-next-uncached", "gpt-oss-older")
+MODELS = ("gemma3", "gemma4", "mistral", "qwen3-moe", "qwen3-next-uncached", "gpt-oss-older")
 FURTHER = [pytest.param(name, marks=pytest.mark.models) for name in MODELS]
 
 

@@ -124,15 +124,6 @@ def gemma4() -> PretrainedConfig:
     )
 
 
-def lfm2() -> PretrainedConfig:
-    """Three layers of a short convolution, which have a state, and one of full attention."""
-    from transformers import Lfm2Config
-
-    common = {name: value for name, value in COMMON.items() if name != "head_dim"}
-    types = ["conv", "conv", "full_attention", "conv"]
-    return Lfm2Config(**common, layer_types=types, conv_L_cache=4, block_auto_adjust_ff_dim=False)
-
-
 def mistral() -> PretrainedConfig:
     """A sliding window in all layers."""
     from transformers import MistralConfig
@@ -154,7 +145,6 @@ MODELS = {
     "gemma4": gemma4,
     "qwen3-next": qwen3_next,
     "granite4": granite4,
-    "lfm2": lfm2,
     "mistral": mistral,
     "qwen3-moe": qwen3_moe,
 }

@@ -92,11 +92,10 @@ def _is_channels_first() -> bool:
     return is_conv_state_dim_first()
 
 
-MOVED = ("MAMBA2", "GDN_ATTN", "SHORT_CONV")
+MOVED = ("MAMBA2", "GDN_ATTN")
 """The kinds of states whose hand-over is tested with an engine."""
 UNCACHED = {
     "MAMBA2": "vLLM's own kernel for Mamba 2 on CPUs does not return the states that vLLM's prefix cache needs",
-    "SHORT_CONV": "short convolutions beside a prefix cache are not tested on CPUs",
 }
 """The kinds of states that are refused on CPUs beside a prefix cache, and the reasons.
 
