@@ -1,8 +1,11 @@
 //! The file with a process's private key.
 //!
 //! Another user who reads the file can act as this process, and a user who can replace the file can make the process use
-//! a key that the user knows. So the file must belong to this process's user, nobody else may open it, and a symbolic
-//! link is refused: the owner of the link's folder decides where the link leads.
+//! a key that the user knows. So the file must belong to this process's user or to root, and nobody else may open it.
+//!
+//! Kubernetes mounts a secret as a symbolic link to a file of root that a group of the process may read. So links are
+//! followed, and all checks use the opened file: a link cannot be changed between check and read. Whoever can replace
+//! the link can only choose among the files that pass these checks.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -76,40 +79,31 @@ impl PrivateKey {
     /// Reads a key from its file.
     ///
     /// # Errors
-    /// The file cannot be opened, another user can read or replace it, or it has no Ed25519 key.
+    /// The file cannot be opened, another user can read or write it, or it has no Ed25519 key.
     pub fn read(path: &Path) -> Result<Self, KeyFileError> {
         let error = |what: String| KeyFileError {
             path: path.to_owned(),
             what,
         };
         // Without NONBLOCK, opening a FIFO would wait for ever.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
             error(match e {
-                rustix::io::Errno::LOOP => "a symbolic link: name the key file itself".to_owned(),
                 rustix::io::Errno::NOENT => {
                     format!("no such file: make a key with `keygen {}`", path.display())
                 }
+                rustix::io::Errno::ACCESS => "this process may not read it: chown the file to \
+                     the process's user, or give it a group of the process (in Kubernetes: \
+                     securityContext.fsGroup)"
+                    .to_owned(),
                 e => format!("cannot open the key file: {e}"),
             })
         })?;
         let stat = rustix::fs::fstat(&file).map_err(|e| error(format!("cannot stat: {e}")))?;
-        let me = rustix::process::geteuid().as_raw();
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(error("not a regular file: name a key file".to_owned()));
         }
-        if stat.st_uid != me {
-            return Err(error(format!(
-                "it belongs to uid {}, but this process runs as uid {me}: chown the file",
-                stat.st_uid
-            )));
-        }
-        if stat.st_mode & 0o077 != 0 {
-            return Err(error(format!(
-                "other users may open it (mode {:04o}): chmod 600 the file",
-                stat.st_mode & 0o7777
-            )));
-        }
+        safe(&stat).map_err(error)?;
         let mut text = Vec::new();
         File::from(file)
             .take(MAX_BYTES)
@@ -132,6 +126,36 @@ impl PrivateKey {
     }
 }
 
+/// Returns the reason why another user may read or write the file, with the cure.
+fn safe(stat: &rustix::fs::Stat) -> Result<(), String> {
+    let me = rustix::process::geteuid().as_raw();
+    let (owner, mode) = (stat.st_uid, stat.st_mode & 0o7777);
+    if owner != me && owner != ROOT {
+        return Err(format!(
+            "it belongs to uid {owner}, but this process runs as uid {me}: chown the file"
+        ));
+    }
+    if mode & 0o037 != 0 {
+        return Err(format!(
+            "other users may open it (mode {mode:04o}): chmod 600 the file"
+        ));
+    }
+    // Only root can give a file to a group for a purpose. The group of a user's own file is often a group of all users.
+    if mode & 0o040 != 0 && !(owner == ROOT && is_own_group(stat.st_gid)) {
+        return Err(format!(
+            "its group {} may read it (mode {mode:04o}): chmod 600 the file, or let it belong to root and to a group of \
+             this process",
+            stat.st_gid
+        ));
+    }
+    Ok(())
+}
+
+fn is_own_group(group: u32) -> bool {
+    rustix::process::getegid().as_raw() == group
+        || rustix::process::getgroups().is_ok_and(|all| all.iter().any(|one| one.as_raw() == group))
+}
+
 fn public(pair: &Ed25519KeyPair) -> PublicKey {
     let bytes = pair.public_key().as_ref();
     PublicKey::new(bytes.try_into().expect("an Ed25519 key has 32 bytes"))
@@ -144,5 +168,7 @@ fn pem(der: &[u8]) -> String {
     )
 }
 
+/// Root can read every file in any case.
+const ROOT: u32 = 0;
 /// Longest key file, in bytes. A key has about 200 bytes.
 const MAX_BYTES: u64 = 4096;

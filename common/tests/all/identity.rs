@@ -44,17 +44,23 @@ fn a_key_file_that_others_can_reach_is_refused() {
     let path = folder.path().join("key");
     assert!(refused(&path).contains("no such file: make a key with `keygen "));
     keygen(&path).unwrap();
-    for mode in [0o640, 0o604, 0o620, 0o601] {
+    for mode in [0o604, 0o620, 0o601, 0o602, 0o610, 0o644] {
         std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
-        assert!(refused(&path).contains("chmod 600 the file"));
+        assert!(refused(&path).contains("chmod 600 the file"), "{mode:o}");
     }
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o400)).unwrap();
     PrivateKey::read(&path).unwrap();
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
 
+    // A link is followed, and the file at its end is checked.
     let link = folder.path().join("link");
     symlink(&path, &link).unwrap();
-    assert!(refused(&link).contains("a symbolic link: name the key file itself"));
+    PrivateKey::read(&link).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o604)).unwrap();
+    assert!(refused(&link).contains("chmod 600 the file"));
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+    let round = folder.path().join("round");
+    symlink(&round, &round).unwrap();
+    assert!(refused(&round).contains("cannot open the key file"));
     assert!(refused(folder.path()).contains("not a regular file"));
     let fifo = folder.path().join("fifo");
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
@@ -66,6 +72,22 @@ fn a_key_file_that_others_can_reach_is_refused() {
         assert!(refused(&path).contains("it belongs to uid 65534, but this process runs as uid 0"));
         std::os::unix::fs::chown(&path, Some(0), None).unwrap();
     }
+    // A group may read a file of root, if it is a group of this process. The group of another user's file may not.
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o440)).unwrap();
+    if rustix::process::geteuid().is_root() {
+        let own = rustix::process::getegid().as_raw();
+        std::os::unix::fs::chown(&path, Some(0), Some(own)).unwrap();
+        PrivateKey::read(&path).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o460)).unwrap();
+        assert!(refused(&path).contains("chmod 600 the file"));
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o440)).unwrap();
+        std::os::unix::fs::chown(&path, None, Some(65533)).unwrap();
+        assert!(refused(&path).contains("its group 65533 may read it (mode 0440)"));
+        std::os::unix::fs::chown(&path, None, Some(own)).unwrap();
+    } else {
+        assert!(refused(&path).contains("may read it (mode 0440)"));
+    }
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
     std::fs::write(
         &path,
         "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
@@ -121,6 +143,43 @@ fn a_changed_roster_and_a_changed_key_count_without_a_restart() {
             }
         })
         .await;
+        following.abort();
+    });
+}
+
+/// Kubernetes mounts a secret as `key -> ..data/key` and `..data -> FOLDER`, and replaces the secret by a rename of
+/// `..data`. The file that the process named never changes.
+#[test]
+fn a_secret_of_kubernetes_is_read_and_followed() {
+    run(async {
+        let mount = tempfile::tempdir().unwrap();
+        let version = |number: &str| {
+            let folder = mount.path().join(number);
+            std::fs::create_dir(&folder).unwrap();
+            let public = keygen(&folder.join("key")).unwrap();
+            let text = format!("{public}: {{name: a, roles: [sender]}}\n");
+            std::fs::write(folder.join("roster"), text).unwrap();
+            let new = mount.path().join("..data_tmp");
+            symlink(number, &new).unwrap();
+            std::fs::rename(new, mount.path().join("..data")).unwrap();
+            public
+        };
+        let first = version("..1");
+        for name in ["key", "roster"] {
+            symlink(Path::new("..data").join(name), mount.path().join(name)).unwrap();
+        }
+        let (key, roster) = (mount.path().join("key"), mount.path().join("roster"));
+        let identity = Identity::load(Auth::Require, &key, &roster).unwrap();
+        assert_eq!(identity.public(), first);
+        let following = tokio::spawn(identity.clone().follow());
+        let second = version("..2");
+        within("key", async {
+            while identity.public() != second {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+        assert_eq!(identity.own().unwrap().roles, [Role::Sender]);
         following.abort();
     });
 }
