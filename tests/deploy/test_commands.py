@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -284,7 +285,10 @@ def leave(parts: Parts, component: str) -> None:
 
 
 def instances(parts: Parts) -> list[object]:
-    found: list[object] = json.loads(call(f"http://127.0.0.1:{parts.free(8000)}/instances")[1])
+    headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+    request = urllib.request.Request(f"http://127.0.0.1:{parts.free(8000)}/instances", headers=headers)
+    with urllib.request.urlopen(request, timeout=5.0) as answer:
+        found: list[object] = json.load(answer)
     return found
 
 

@@ -56,8 +56,9 @@ pub struct Addresses {
     )]
     pub p2p_registration: Option<SocketAddr>,
 
-    /// Permits addresses other than loopback. The registration port authenticates no peer: every process that
-    /// reaches the port can register an instance, which then gets requests.
+    /// Permits addresses other than loopback for ports whose peers need no key: `--listen` without `--api-key`,
+    /// `--registration` without `--auth require`, and `--p2p-registration`. Every process that reaches such a port can send
+    /// requests, or register an instance, which then gets requests.
     #[arg(long, env = "PD_PROXY_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
 }
@@ -77,16 +78,33 @@ impl Addresses {
 
     /// Returns all problems of the addresses, so that a user can correct all of them at once; empty if there
     /// is no problem.
-    pub fn problems(&self) -> Vec<String> {
+    pub(crate) fn problems(&self, closed: Closed) -> Vec<String> {
         let mut problems = Vec::new();
         let (listen, registration) = (self.listen(), self.registration());
-        let p2p = self.p2p_registration.map(|at| ("--p2p-registration", at));
-        let ports = [("--listen", listen), ("--registration", registration)];
-        for (flag, address) in ports.into_iter().chain(p2p) {
-            if !address.ip().is_loopback() && !self.insecure {
+        let p2p = self.p2p_registration.map(|at| {
+            let cure = "the P2P NCCL instances there prove no key";
+            ("--p2p-registration", at, false, cure)
+        });
+        let ports = [
+            (
+                "--listen",
+                listen,
+                closed.clients,
+                "set --api-key for its clients",
+            ),
+            (
+                "--registration",
+                registration,
+                closed.sidecars,
+                "set --auth require with --key-file and --roster",
+            ),
+        ];
+        for (flag, address, closed, cure) in ports.into_iter().chain(p2p) {
+            if !address.ip().is_loopback() && !closed && !self.insecure {
                 problems.push(format!(
-                    "{flag} {address} is not a loopback address: give one, for example 127.0.0.1:{}, \
-                     or add --insecure if the network itself keeps strangers out",
+                    "{flag} {address} is not a loopback address, and peers need no key there: {cure}; or give a \
+                     loopback address, for example 127.0.0.1:{}, or add --insecure if the network itself keeps \
+                     strangers out",
                     address.port()
                 ));
             }
@@ -98,6 +116,15 @@ impl Addresses {
         }
         problems
     }
+}
+
+/// The ports whose peers need a key.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Closed {
+    /// True if clients need a key.
+    pub(crate) clients: bool,
+    /// True if sidecars need a key.
+    pub(crate) sidecars: bool,
 }
 
 /// Returns `address` with the host and the port replaced, if they are given.

@@ -7,9 +7,9 @@ use std::time::Duration;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use hyper_util::client::legacy::connect::HttpConnector;
 
-use crate::config::addresses::Addresses;
+use crate::config::addresses::{Addresses, Closed};
 use crate::config::announce::metadata;
-use crate::config::keys::{Command, Keys};
+use crate::config::keys::{AuthMode, Command, Keys};
 use crate::fleet::base_url::BaseUrl;
 use crate::fleet::load::Breaker;
 use crate::fleet::registry::ANSWER_VALID;
@@ -326,7 +326,11 @@ impl Config {
                 self.call_back_every
             ));
         }
-        problems.extend(self.addresses.problems());
+        let closed = Closed {
+            clients: !self.access.api_key.is_empty(),
+            sidecars: self.keys.auth == AuthMode::Require,
+        };
+        problems.extend(self.addresses.problems(closed));
         problems
     }
 }

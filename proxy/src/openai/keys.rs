@@ -162,25 +162,30 @@ pub(crate) fn may_change(
     ))
 }
 
-/// Checks that a client may read the pages about instances and requests. Every client may read them, except a
-/// web page in a browser on this host, which could read the answer after DNS rebinding.
+/// Checks that a client may read the pages about instances and requests. With an admin key only its holders may read them.
+/// Without one, clients of other hosts need the key of clients, if there is one. On this host every program may read them,
+/// except a web page in a browser, which could read the answer after DNS rebinding.
 ///
 /// # Errors
-/// The request seems to come from a web page.
+/// The client has no such key, or the request seems to come from a web page.
 pub(crate) fn may_read(
     access: &Access,
     headers: &HeaderMap,
     peer: Option<IpAddr>,
 ) -> Result<(), ApiError> {
-    let is_here = peer.is_some_and(|peer| peer.to_canonical().is_loopback());
-    let holds_key = access
-        .admin_key
-        .as_ref()
-        .is_some_and(|key| holds(headers, std::slice::from_ref(key)));
-    if !is_here || holds_key {
-        return Ok(());
+    if let Some(key) = &access.admin_key {
+        return match holds(headers, std::slice::from_ref(key)) {
+            true => Ok(()),
+            false => Err(ApiError::new(
+                Code::NotPermitted,
+                "this page needs the key of --admin-key",
+            )),
+        };
     }
-    refuse_pages(headers)
+    match peer.is_some_and(|peer| peer.to_canonical().is_loopback()) {
+        true => refuse_pages(headers),
+        false => may_ask(access, headers),
+    }
 }
 
 /// Returns true for a name, `*.domain`, an address or a network.

@@ -53,6 +53,30 @@ fn names_and_parts() {
 fn off_loopback_needs_a_word() {
     let both = ["--listen", "0.0.0.0:8000", "--proxy-host", "10.0.0.1"];
     assert_eq!(parse(&both).unwrap().problems().len(), 2);
+    // Each port that needs a key may listen anywhere.
+    let both = [&both[..], &["--api-key", "k"]].concat();
+    let problems = parse(&both).unwrap().problems();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(
+        problems[0].contains("set --auth require with --key-file"),
+        "{problems:?}"
+    );
+    let keyed = [&both[..], &["--auth", "require"]].concat();
+    let open = |flags: &[&str]| {
+        let mut problems = parse(flags).unwrap().problems();
+        problems.retain(|problem| problem.contains("loopback"));
+        problems
+    };
+    assert_eq!(open(&keyed), Vec::<String>::new());
+    let p2p = [&keyed[..], &["--p2p-registration", "10.0.0.1:30001"]].concat();
+    let problems = open(&p2p);
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(
+        problems[0].contains("P2P NCCL instances there prove no key"),
+        "{problems:?}"
+    );
+    let prefer = [&both[..], &["--auth", "prefer"]].concat();
+    assert_eq!(open(&prefer).len(), 1);
     let with_word = [&both[..], &["--insecure"]].concat();
     assert_eq!(parse(&with_word).unwrap().problems(), Vec::<String>::new());
     let same = ["--port", "7500"];

@@ -45,6 +45,43 @@ fn changes() {
     assert!(may_change(&keyed, &headers, from("10.0.0.1")).is_ok());
 }
 
+/// The pages show ids of requests and addresses of instances. Another host needs a key for them, if there is any key.
+#[test]
+fn pages() {
+    let keys = |api: &[&str], admin: Option<&str>| Access {
+        api_key: api.iter().map(|&key| key.to_owned()).collect(),
+        admin_key: admin.map(str::to_owned),
+        ..Access::default()
+    };
+    let reads = |access: &Access, key: Option<&str>, from: &str| {
+        let mut headers = HeaderMap::new();
+        headers.insert(HOST, "localhost".parse().unwrap());
+        if let Some(key) = key {
+            let value = format!("Bearer {key}").parse().unwrap();
+            headers.insert(AUTHORIZATION, value);
+        }
+        may_read(access, &headers, Some(from.parse().unwrap())).is_ok()
+    };
+    let (here, there) = ("127.0.0.1", "10.0.0.1");
+    for (access, key, from, expect) in [
+        (keys(&[], None), None, here, true),
+        (keys(&[], None), None, there, true),
+        (keys(&["c"], None), None, here, true),
+        (keys(&["c"], None), None, there, false),
+        (keys(&["c"], None), Some("c"), there, true),
+        (keys(&["c"], Some("a")), Some("c"), there, false),
+        (keys(&["c"], Some("a")), Some("a"), there, true),
+        (keys(&[], Some("a")), None, here, false),
+        (keys(&[], Some("a")), Some("a"), here, true),
+    ] {
+        assert_eq!(
+            reads(&access, key, from),
+            expect,
+            "{access:?} {key:?} {from}"
+        );
+    }
+}
+
 #[test]
 fn hosts() {
     let allow = ["10.0.0.0/8", "engine", "*.gpu.example", "192.0.2.7"];
