@@ -23,7 +23,7 @@ GPU_PYTHON ?= $(PYTHON_IN_VENV)
 RELEASE = $(or $(PD_BINARIES),$(abspath target/release))
 # Further arguments for tests/gpu/bench.py and scripts/gpu_bundle.py.
 GPU ?=
-# The benchmarks to run, any of pushes, handshakes, engines, ways, proxies, crowd; all if empty.
+# The benchmarks to run, any of pushes, protection, handshakes, engines, ways, proxies, crowd; all if empty.
 BENCH ?=
 # The versions of vLLM for `make compat`.
 COMPAT ?= 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0

@@ -2,7 +2,7 @@
 //! connections, the size of heads and the time of each request.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use axum::extract::Request;
@@ -21,6 +21,10 @@ use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use crate::accept::{self, Change, Limits};
+
+/// This server's address of a connection. Each request has it as an extension, beside the client's `SocketAddr`.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnAddress(pub IpAddr);
 
 /// Serves until `stop` is cancelled, and then waits up to [`LAST_WORDS`] for answers that are being written.
 pub async fn run(listener: TcpListener, router: Router, stop: CancellationToken) {
@@ -61,9 +65,14 @@ async fn bounded(request: Request, next: Next) -> Response {
 }
 
 async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, stop: CancellationToken) {
+    let own = stream.local_addr().ok();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         let router = router.clone();
         request.extensions_mut().insert(peer);
+        if let Some(own) = own {
+            let own = OwnAddress(own.ip().to_canonical());
+            request.extensions_mut().insert(own);
+        }
         async move {
             let response = router.oneshot(request.map(axum::body::Body::new)).await;
             Ok::<_, Infallible>(response.unwrap_or_else(|never| match never {}))

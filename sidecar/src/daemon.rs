@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
+use common::identity::{Auth, Identity};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::exit::Exit;
-use crate::observe::admin::Admin;
+use crate::observe::admin::{Admin, Readers};
 use crate::observe::listening;
 use crate::observe::metrics::Metrics;
 use crate::observe::observer::Fanout;
@@ -45,7 +46,17 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<Exit> {
     let status = Arc::new(Status::new(&config));
     let metrics = Arc::new(Metrics::new(&status));
     // The admin server binds before the node starts, because the registration tells the proxy its port.
-    let admin = Admin::bind(&config.admin, Arc::clone(&status), Arc::clone(&metrics)).await?;
+    let readers = match config.identity.as_ref().map(Identity::auth) {
+        Some(Auth::Require) => Readers::ThisHost,
+        Some(Auth::Prefer | Auth::Off) | None => Readers::AllHosts,
+    };
+    let admin = Admin::bind(
+        &config.admin,
+        Arc::clone(&status),
+        Arc::clone(&metrics),
+        readers,
+    )
+    .await?;
     let (leave, gone) = (CancellationToken::new(), CancellationToken::new());
     let mut searching = None;
     let (proxy, registration) = match &config.proxy {

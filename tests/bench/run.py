@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Runs all benchmarks, or the named ones: `run.py [pushes] [handshakes] [engines] [ways] [proxies] [crowd]`.
+"""Runs all benchmarks, or the named ones: `run.py [pushes] [protection] [handshakes] [engines] [ways] [proxies]
+[crowd]`.
 
 Writes target/bench.json (flat) and target/bench.md (the table of docs/benchmarks.md).
 """
@@ -21,19 +22,24 @@ from harness.process import ended_by_signals
 from harness.progress import Progress
 from harness.sidecar import ROOT
 
-from bench import crowd, engines, handshakes, proxies, pushes, ways
+from bench import crowd, engines, handshakes, protection, proxies, pushes, ways
 from bench.figures import Figures
 
 LOGS = ROOT / "target" / "bench-logs"
 
 
 def main() -> int:
-    wanted = sys.argv[1:] or ["pushes", "handshakes", "engines", "ways", "proxies", "crowd"]
+    wanted = sys.argv[1:] or ["pushes", "protection", "handshakes", "engines", "ways", "proxies", "crowd"]
     shutil.rmtree(LOGS, ignore_errors=True)
     figures, progress = Figures(), Progress()
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="pd-bench-") as folder:
         groups: list[tuple[str, str, Callable[[], None]]] = [
             ("pushes", "pushes of 64 and 512 MiB", lambda: pushes.measure(figures, Path(folder), LOGS)),
+            (
+                "protection",
+                "pushes with plain, authenticated and sealed data",
+                lambda: protection.measure(figures, Path(folder), LOGS),
+            ),
             ("handshakes", "handshakes and single chunks", lambda: handshakes.measure(figures, Path(folder), LOGS)),
             ("engines", "four engines", lambda: engines.measure(figures, LOGS)),
             ("ways", "ways to hand a request over", lambda: ways.measure(figures, LOGS)),

@@ -23,11 +23,25 @@ Cores and caches are cold after a pause, so both must have the same pause.
 class Sidecars:
     """A sender and a receiver on this host."""
 
-    def __init__(self, transport: str, buffer_bytes: int, folder: Path, logs: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        transport: str,
+        buffer_bytes: int,
+        folder: Path,
+        logs: Path,
+        env: dict[str, str],
+        keys: dict[str, dict[str, object]],
+    ) -> None:
         self.sender, self.receiver = (
             Sidecar(
                 SidecarOptions(
-                    role, buffer_bytes, transport=transport, no_push=False, env=env, flags=["--log-level=warn"]
+                    role,
+                    buffer_bytes,
+                    transport=transport,
+                    no_push=False,
+                    env=env,
+                    flags=["--log-level=warn"],
+                    keys=keys.get(role, {}),
                 ),
                 folder,
                 logs,
@@ -57,9 +71,15 @@ class Sidecars:
 
 @contextlib.contextmanager
 def sidecars(
-    transport: str, buffer_bytes: int, folder: Path, logs: Path, env: dict[str, str] | None = None
+    transport: str,
+    buffer_bytes: int,
+    folder: Path,
+    logs: Path,
+    env: dict[str, str] | None = None,
+    keys: dict[str, dict[str, object]] | None = None,
 ) -> Iterator[Sidecars]:
-    pair = Sidecars(transport, buffer_bytes, folder, logs, env or {})
+    """Starts both. `keys` has the keys below `sidecar:` of each role."""
+    pair = Sidecars(transport, buffer_bytes, folder, logs, env or {}, keys or {})
     try:
         pair.receiver.start()
         pair.sender.start()

@@ -53,7 +53,7 @@ class Pair:
 
     @property
     def target(self) -> Target:
-        return Target("127.0.0.1", self.receiver.init_port, self.receiver.alloc_port)
+        return Target(self.receiver.host, self.receiver.init_port, self.receiver.alloc_port)
 
     def move(self, req: str, *, tokens: int, have: int, slots: int) -> None:
         """Moves one request, and compares every byte that the decode side needs."""

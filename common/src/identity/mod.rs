@@ -25,7 +25,7 @@ use tracing::{error, info};
 pub use self::file::{KeyFileError, PrivateKey, keygen};
 pub use self::key::{NotAKey, PublicKey};
 pub use self::roster::{Member, Role, Roster, RosterError};
-pub use self::tls::{Expected, Refusal, client, refusal, server};
+pub use self::tls::{Channel, Expected, Refusal, alert, client, proved, refusal, server};
 
 /// The rule for peers without a key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,7 +85,13 @@ struct Inner {
     roster_file: PathBuf,
     key: RwLock<Arc<PrivateKey>>,
     roster: watch::Sender<Arc<Roster>>,
+    /// Facts about the files when they were first read. A change between this reading and the first look of `follow` must
+    /// not be missed.
+    first: Marks,
 }
+
+/// Facts about the two files that change when one of them is written or replaced.
+type Marks = [Option<(u64, u64, i64, i64)>; 2];
 
 impl Identity {
     /// Reads the key and the roster. `auth` must not be [`Auth::Off`].
@@ -97,6 +103,7 @@ impl Identity {
         key_file: &Path,
         roster_file: &Path,
     ) -> Result<Self, Vec<IdentityError>> {
+        let first = marks([key_file, roster_file]);
         let (key, roster) = read(key_file, roster_file)?;
         Ok(Self {
             inner: Arc::new(Inner {
@@ -105,6 +112,7 @@ impl Identity {
                 roster_file: roster_file.to_owned(),
                 key: RwLock::new(Arc::new(key)),
                 roster: watch::Sender::new(Arc::new(roster)),
+                first,
             }),
         })
     }
@@ -146,7 +154,7 @@ impl Identity {
     /// Nothing is lost when the future is dropped.
     pub async fn follow(self) {
         let mut hangup = signal(SignalKind::hangup()).ok();
-        let mut before = self.marks();
+        let mut before = self.inner.first;
         loop {
             let asked = async {
                 match &mut hangup {
@@ -155,7 +163,7 @@ impl Identity {
                 }
             };
             let asked = tokio::time::timeout(LOOK_EVERY, asked).await.is_ok();
-            let now = self.marks();
+            let now = marks([&self.inner.key_file, &self.inner.roster_file]);
             if asked || now != before {
                 before = now;
                 self.reread();
@@ -193,14 +201,13 @@ impl Identity {
             info!(keys = roster.len(), "the roster has changed");
         }
     }
+}
 
-    /// Returns facts that change when one of the files is written or replaced.
-    fn marks(&self) -> [Option<(u64, u64, i64, i64)>; 2] {
-        [&self.inner.key_file, &self.inner.roster_file].map(|path| {
-            let file = std::fs::metadata(path).ok()?;
-            Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec()))
-        })
-    }
+fn marks(files: [&Path; 2]) -> Marks {
+    files.map(|path| {
+        let file = std::fs::metadata(path).ok()?;
+        Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec()))
+    })
 }
 
 /// Reads a key and a roster that lists the key.

@@ -34,6 +34,28 @@ pub struct Expected {
     pub host: Option<String>,
     /// Keys of which the peer needs one; empty if any key of the roster will do.
     pub keys: Vec<PublicKey>,
+    /// The kind of the port. A connection to a port of one kind is of no use at a port of another kind.
+    pub channel: Channel,
+}
+
+/// The kind of a port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Channel {
+    /// ZeroMQ inside TLS.
+    #[default]
+    Control,
+    /// The data of the built-in TCP transport: a greeting inside TLS, then frames under keys of the handshake.
+    Data,
+}
+
+impl Channel {
+    /// Returns the protocol that both sides state, so that an HTTP client that reaches a port is refused early.
+    fn protocol(self) -> &'static [u8] {
+        match self {
+            Self::Control => b"pd-sidecar/1",
+            Self::Data => b"pd-sidecar-data/1",
+        }
+    }
 }
 
 /// Reason why a peer's key is refused.
@@ -102,13 +124,14 @@ impl Expected {
 
 /// Returns the configuration of a port that serves these peers.
 pub fn server(identity: &Identity, expected: Expected) -> Arc<ServerConfig> {
+    let protocol = expected.channel.protocol();
     let verifier = Verifier::new(identity, expected);
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .expect("the provider has suites for TLS 1.3")
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(OwnKey(identity.clone())));
-    config.alpn_protocols = vec![PROTOCOL.to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     Arc::new(config)
@@ -116,6 +139,7 @@ pub fn server(identity: &Identity, expected: Expected) -> Arc<ServerConfig> {
 
 /// Returns the configuration of a connection to one of these peers.
 pub fn client(identity: &Identity, expected: Expected) -> Arc<ClientConfig> {
+    let protocol = expected.channel.protocol();
     let verifier = Verifier::new(identity, expected);
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
@@ -123,7 +147,7 @@ pub fn client(identity: &Identity, expected: Expected) -> Arc<ClientConfig> {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(Arc::new(OwnKey(identity.clone())));
-    config.alpn_protocols = vec![PROTOCOL.to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
     Arc::new(config)
@@ -135,6 +159,17 @@ pub fn refusal(error: &io::Error) -> Option<&Refusal> {
         Error::InvalidCertificate(CertificateError::Other(other)) => other.0.downcast_ref(),
         _ => None,
     }
+}
+
+/// Returns true if the peer has refused this process's key. A client learns this only when it first reads.
+pub fn alert(error: &io::Error) -> bool {
+    let cause = error.get_ref().and_then(|e| e.downcast_ref());
+    matches!(cause, Some(Error::AlertReceived(_)))
+}
+
+/// Returns the key that a peer has proved in a completed handshake, from the chain that it has shown.
+pub fn proved(shown: Option<&[CertificateDer<'_>]>) -> Option<PublicKey> {
+    PublicKey::of_spki(shown?.first()?)
 }
 
 /// Shows this process's key to peers. Reads the key at each handshake, because the key can change.
@@ -274,9 +309,6 @@ impl ClientCertVerifier for Verifier {
 
     signed_by_raw_key!();
 }
-
-/// Both sides state that they speak ZeroMQ inside TLS, so that an HTTP client that reaches a port is refused early.
-const PROTOCOL: &[u8] = b"pd-sidecar/1";
 
 /// TLS 1.2 is never negotiated.
 const OLD: Error = Error::PeerMisbehaved(PeerMisbehaved::SignedHandshakeWithUnadvertisedSigScheme);

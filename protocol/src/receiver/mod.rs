@@ -211,6 +211,15 @@ impl Receiver {
         self.owners.contains_key(&route)
     }
 
+    /// Returns the principal of a lease; `None` if there is no such lease, or its peer has proved no key.
+    pub fn principal_of(&self, lease: LeaseId) -> Option<&Principal> {
+        let lease = self.requests.get(self.leases.get(&lease)?)?.lease()?;
+        match &lease.owner {
+            Owner::Principal(principal) => Some(principal),
+            Owner::Host(_) | Owner::Unknown => None,
+        }
+    }
+
     /// Returns the party to which a connection belongs.
     fn owner_of(&self, route: Route) -> Owner {
         self.owners.get(&route).cloned().unwrap_or_default()

@@ -1,7 +1,7 @@
 //! Named scenarios of a pair of sidecars over bad networks. The documentation of [`world`] lists
 //! the checks that each scenario makes.
 
-use crate::world::{Fault, NetPlan, Park, Plan, RequestPlan, plan, run};
+use crate::world::{Attack, Fault, NetPlan, Park, Plan, RequestPlan, plan, run};
 use proptest::prelude::*;
 use protocol::Reason;
 
@@ -239,5 +239,32 @@ proptest! {
     #[test]
     fn any_plan_ends_with_no_slot_held(plan in crate::world::plans()) {
         run(&plan);
+    }
+}
+
+/// An attacker on the path of the data changes, exchanges and repeats pieces. No chunk with wrong bytes is shown, and a new
+/// data connection goes on.
+#[test]
+fn an_attacker_on_the_path_costs_time_only() {
+    let attacked = |attack, seed, verifies| Plan {
+        seed,
+        guarded: true,
+        verifies,
+        send_slots: 3,
+        land_slots: 3,
+        faults: (0..6).map(|i| (60 * i, Fault::Attack(attack))).collect(),
+        ..plan(some_requests(4))
+    };
+    for attack in [Attack::Change, Attack::Exchange, Attack::Repeat] {
+        let mut delivered = 0;
+        for seed in 0..60 {
+            delivered += run(&attacked(attack, seed, true)).delivered;
+        }
+        // An attack ends the request whose write it hits. The last request of each run meets no attack.
+        assert!(delivered >= 60, "{attack:?}: {delivered}");
+        // Without the check of the tags, the simulation notices wrong bytes. So its own checks are not blind.
+        let seen = (0..60)
+            .any(|seed| std::panic::catch_unwind(|| run(&attacked(attack, seed, false))).is_err());
+        assert!(seen, "{attack:?} is not noticed without tags");
     }
 }

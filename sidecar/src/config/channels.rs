@@ -3,6 +3,8 @@
 use common::identity::Auth;
 
 use super::{Config, ProxyAddress};
+use crate::transport::Kind;
+use crate::transport::protection::Protection;
 
 /// A channel on which other processes talk to this sidecar.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,12 +50,9 @@ pub(crate) fn of(config: &Config) -> Vec<Channel> {
                 let open = "none: any process may ask; the answer is always empty";
                 add("query", at(query), open.to_owned());
             }
-            add(
-                "data",
-                at(rank.tcp),
-                "none: a process that knows a lease's random id can write its slots, and anybody on the path reads KV"
-                    .to_owned(),
-            );
+            if config.transport.kinds().any(Kind::protects_data) {
+                add("data", at(rank.tcp), data(config, auth).to_owned());
+            }
         }
     }
     if let Some(fetch) = &config.fetch {
@@ -104,6 +103,24 @@ pub(crate) fn of(config: &Config) -> Vec<Channel> {
         "processes of this user".to_owned(),
     );
     channels
+}
+
+/// Returns the protection of the built-in TCP transport's data.
+fn data(config: &Config, auth: Auth) -> &'static str {
+    match (config.data, auth) {
+        (Protection::Plain, _) | (_, Auth::Off) => {
+            "none: a process that knows a lease's random id can write its slots, and anybody on the path reads KV"
+        }
+        (Protection::Authenticated, Auth::Require) => {
+            "a key of the roster with the role sender; each part has a tag; anybody on the path reads KV"
+        }
+        (Protection::Sealed, Auth::Require) => {
+            "a key of the roster with the role sender; each part is encrypted and has a tag"
+        }
+        (_, Auth::Prefer) => {
+            "prefer: as with require for leases of peers with a key; a peer without a key needs only its lease's id"
+        }
+    }
 }
 
 fn shown(port: u16) -> String {

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 
 use tracing_subscriber::EnvFilter;
 
-use self::identity::{identity, is_own_name};
-use self::listen::{exposed, fetch, fetch_ports, listen};
+use self::identity::{data, identity, is_own_name};
+use self::listen::{Keys, exposed, fetch, fetch_ports, listen};
 use self::proxy::{admin_host, proxy};
 use self::times::times;
 use self::ucx::ucx;
@@ -69,7 +69,11 @@ pub(crate) fn config(
     let admin_host = admin_host(layers, sidecar, &admin, proxy.is_some());
     let ucx = ucx(layers, inputs, lmcache, sidecar, mooncake);
     let identity = identity(layers, sidecar, role);
-    // Data is not authenticated, so a port that other machines can reach needs the user's consent.
+    let data = data(layers, sidecar);
+    let keys = Keys {
+        auth: value(&sidecar.auth).unwrap_or_default(),
+        data,
+    };
     exposed(
         layers,
         lmcache,
@@ -77,6 +81,7 @@ pub(crate) fn config(
         listen.as_ref(),
         fetch.as_ref(),
         ucx.as_ref(),
+        keys,
     );
     let id = match &identity {
         Some(identity) => is_own_name(layers, sidecar, identity),
@@ -114,6 +119,7 @@ pub(crate) fn config(
         admin_host,
         proxy,
         identity,
+        data,
         ucx: ucx?,
         transport: value(&sidecar.transport)?,
         checksum: value(&sidecar.checksum)?,

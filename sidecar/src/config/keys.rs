@@ -9,6 +9,7 @@ use super::value::{
     Bytes, Count, Devices, Host, HostPort, LogFormat, Millis, NixlOverTcp, Port, Ports, Role,
     Seconds, Url, Value, Words,
 };
+use crate::transport::protection::Protection;
 use crate::transport::table::Choice;
 
 macro_rules! keys {
@@ -134,6 +135,11 @@ keys! {
         /// File with the public keys of all peers and of this process: a YAML map from each key to `name`, `roles` and
         /// `hosts`. The sidecar reads the file again when it changes, and at SIGHUP.
         roster: String = Default::None, flag "--roster";
+        /// Protection of KV over the built-in TCP transport, between peers that prove keys. `authenticated`: nobody on
+        /// the path can change or add bytes. `sealed`: nobody on the path can read them either. `plain`: a write needs
+        /// only its lease's random id, which the encrypted alloc channel tells. If the two sides differ, the stronger
+        /// value counts.
+        data: Protection = Default::Computed("sealed; with auth off: plain");
         /// Lets ports listen beyond this machine without authentication.
         insecure: bool = Default::Value("off"), flag "--insecure";
         /// Lets NIXL open TCP ports that UCX chooses. Anyone who reaches such a port can read and write the

@@ -40,6 +40,7 @@ pub(crate) use self::report::Report;
 pub(crate) use self::value::{Bytes, Device, Devices, HostPort, LogFormat, Role};
 
 use crate::memory::cuda::Which;
+use crate::transport::protection::Protection;
 use crate::transport::table::Choice;
 use crate::transport::ucx::Ucx;
 
@@ -80,6 +81,8 @@ pub(crate) struct Config {
     pub(crate) proxy: Option<Proxy>,
     /// The key of this process and the roster; absent if no peer proves a key.
     pub(crate) identity: Option<Identity>,
+    /// Protection of KV over the built-in TCP transport.
+    pub(crate) data: Protection,
     /// Settings of UCX, which NIXL uses.
     pub(crate) ucx: Ucx,
     /// The wires that may be used.

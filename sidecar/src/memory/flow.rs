@@ -12,7 +12,7 @@ use std::sync::Arc;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::{Buffer, Memory};
-use crate::memory::cuda::Stage;
+use crate::memory::cuda::{DeviceMemory, Stage};
 
 /// Sends bytes of a buffer into sockets, for one thread.
 #[derive(Debug)]
@@ -61,12 +61,7 @@ impl Outlet {
         match (&self.buffer.memory, &mut self.staged) {
             (Memory::Memfd(memory), _) => memory.send(to.as_fd(), at, len),
             (Memory::Cuda(memory), Some(staged)) => {
-                if !staged.holds.contains(&offset) {
-                    let part = len.min(staged.stage.len());
-                    staged.holds = 0..0;
-                    staged.stage.fetch(memory, offset, part)?;
-                    staged.holds = offset..offset + part as u64;
-                }
+                staged.hold(memory, offset, len)?;
                 let holds = &staged.holds;
                 // Both numbers fit, because the block is shorter than the address space.
                 let from = usize::try_from(offset - holds.start).map_err(io::Error::other)?;
@@ -80,6 +75,47 @@ impl Outlet {
             }
             (Memory::Cuda(_), None) => Err(io::Error::other("no block for GPU memory")),
         }
+    }
+}
+
+impl Outlet {
+    /// Lends a range of at most [`PIECE_BYTES`] bytes to a function that computes over it. The function must treat the
+    /// bytes as data only, because an engine shares the memory.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range outside of the buffer, and the GPU driver's errors.
+    pub(crate) fn read_by<T>(
+        &mut self,
+        offset: u64,
+        len: usize,
+        f: impl FnOnce(&[u8]) -> T,
+    ) -> io::Result<T> {
+        let at = self.buffer.range(offset, len as u64)?;
+        match (&self.buffer.memory, &mut self.staged) {
+            (Memory::Memfd(memory), _) => Ok(memory.read_by(at, len, f)),
+            (Memory::Cuda(memory), Some(staged)) => {
+                // The function needs all bytes at once, so a block that ends within the range is filled again.
+                if staged.holds.start != offset || staged.holds.end < offset + len as u64 {
+                    staged.holds = 0..0;
+                }
+                staged.hold(memory, offset, len)?;
+                Ok(f(&staged.stage.block()[..len]))
+            }
+            (Memory::Cuda(_), None) => Err(io::Error::other("no block for GPU memory")),
+        }
+    }
+}
+
+impl Staged {
+    /// Makes the block hold the byte at `offset`, and as many of `len` bytes as fit.
+    fn hold(&mut self, memory: &Arc<DeviceMemory>, offset: u64, len: usize) -> io::Result<()> {
+        if !self.holds.contains(&offset) {
+            let part = len.min(self.stage.len());
+            self.holds = 0..0;
+            self.stage.fetch(memory.as_ref(), offset, part)?;
+            self.holds = offset..offset + part as u64;
+        }
+        Ok(())
     }
 }
 
@@ -129,6 +165,59 @@ impl Inlet {
     }
 }
 
+impl Inlet {
+    /// Receives a part of a piece that [`Inlet::settle`] completes: up to `len` bytes, which begin `at` bytes after the
+    /// piece's first byte at `offset`. Over GPU memory the bytes wait in the block.
+    ///
+    /// # Errors
+    /// As [`Inlet::recv`].
+    pub(crate) fn recv_piece(
+        &mut self,
+        from: impl AsFd,
+        offset: u64,
+        at: usize,
+        len: usize,
+    ) -> io::Result<usize> {
+        let start = self.buffer.range(offset + at as u64, len as u64)?;
+        match (&self.buffer.memory, &mut self.stage) {
+            (Memory::Memfd(memory), _) => memory.recv(from.as_fd(), start, len),
+            (Memory::Cuda(_), Some(stage)) => {
+                let block = stage.block_mut().get_mut(at..at + len);
+                let block = block.ok_or(io::ErrorKind::InvalidInput)?;
+                Ok(recv(from, block, RecvFlags::DONTWAIT)?.0)
+            }
+            (Memory::Cuda(_), None) => Err(io::Error::other("no block for GPU memory")),
+        }
+    }
+
+    /// Lends a piece of at most [`PIECE_BYTES`] bytes to a function that checks the received bytes, or writes others
+    /// there. The function must treat the bytes as data only. Over GPU memory, the bytes reach the GPU only if the
+    /// function returns true.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range outside of the buffer, and the GPU driver's errors.
+    pub(crate) fn settle(
+        &mut self,
+        offset: u64,
+        len: usize,
+        f: impl FnOnce(&mut [u8]) -> bool,
+    ) -> io::Result<bool> {
+        let at = self.buffer.range(offset, len as u64)?;
+        match (&self.buffer.memory, &mut self.stage) {
+            (Memory::Memfd(memory), _) => Ok(memory.write_by(at, len, f)),
+            (Memory::Cuda(memory), Some(stage)) => {
+                let block = stage.block_mut().get_mut(..len);
+                let good = f(block.ok_or(io::ErrorKind::InvalidInput)?);
+                if good {
+                    stage.put(memory.as_ref(), offset, len)?;
+                }
+                Ok(good)
+            }
+            (Memory::Cuda(_), None) => Err(io::Error::other("no block for GPU memory")),
+        }
+    }
+}
+
 fn stage(buffer: &Buffer) -> io::Result<Option<Stage>> {
     match &buffer.memory {
         Memory::Memfd(_) => Ok(None),
@@ -139,3 +228,6 @@ fn stage(buffer: &Buffer) -> io::Result<Option<Stage>> {
 /// Bytes of a connection's block. A copy over the bus takes about ten microseconds plus the time for its
 /// bytes at 40 GB/s; a socket moves 2 to 4 GB/s. With this size the fixed cost of a copy does not matter.
 const STAGE_BYTES: usize = 2 << 20;
+/// Bytes that have one tag. A piece stays in the second-level cache between the computation over it and the copy to or from
+/// the socket.
+pub(crate) const PIECE_BYTES: usize = 256 << 10;

@@ -11,6 +11,8 @@ use rustix::fs::{self, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{self, Advice, MapFlags, ProtFlags};
 
+use super::lend::{Lent, Use};
+
 /// A memfd of a fixed size and this process's mapping of it.
 #[derive(Debug)]
 pub(super) struct Memfd {
@@ -19,14 +21,16 @@ pub(super) struct Memfd {
     base: NonNull<u8>,
     len: usize,
     file: OwnedFd,
+    /// The ranges to which references exist.
+    lent: Lent,
 }
 
 // SAFETY: `base` is not a reference and is not bound to a thread. The mapping belongs to the process, and
 // only `drop` unmaps it. Only system calls, volatile reads and the transport libraries use the address.
 unsafe impl Send for Memfd {}
 // SAFETY: as above.
-// All methods take `&self`. Two calls may access the same bytes at the same time, because the kernel makes all
-// copies, not Rust code.
+// All methods take `&self`. Two calls may access the same bytes at the same time, because the kernel makes the
+// copies, not Rust code. The references that `read_by` and `write_by` make are kept apart by `lent`.
 unsafe impl Sync for Memfd {}
 
 impl Memfd {
@@ -55,7 +59,12 @@ impl Memfd {
             "mmap",
             io::Error::other("the kernel mapped the null address"),
         ))?;
-        let memory = Self { base, len, file };
+        let memory = Self {
+            base,
+            len,
+            file,
+            lent: Lent::default(),
+        };
         memory.advise();
         memory.touch().map_err(|error| ("touching pages", error))?;
         Ok(memory)
@@ -100,6 +109,26 @@ impl Memfd {
             )
         };
         usize::try_from(came).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Lends a range to a function that reads its bytes as data only: it branches on no byte and indexes with none,
+    /// because another process may change the bytes meanwhile. The caller has checked the range.
+    pub(super) fn read_by<T>(&self, at: usize, len: usize, f: impl FnOnce(&[u8]) -> T) -> T {
+        debug_assert!(at + len <= self.len, "the buffer checks ranges");
+        let _loan = self.lent.take(at..at + len, Use::Read);
+        // SAFETY: the range lies within the mapping (asserted above), whose bytes are initialised, and the loan keeps
+        // away every `&mut` of this process. Other processes map the same memory. While a write is in flight, they do
+        // not change its slot, by the protocol; if one does, the reader computes a wrong tag from bytes that are valid
+        // as u8, whatever they are.
+        f(unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(at), len) })
+    }
+
+    /// Lends a range to a function that writes its bytes or reads them as data, as in [`Self::read_by`].
+    pub(super) fn write_by<T>(&self, at: usize, len: usize, f: impl FnOnce(&mut [u8]) -> T) -> T {
+        debug_assert!(at + len <= self.len, "the buffer checks ranges");
+        let _loan = self.lent.take(at..at + len, Use::Write);
+        // SAFETY: as in `read_by`; the loan keeps away every other reference of this process.
+        f(unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(at), len) })
     }
 
     /// Copies out with `pread(2)`. The kernel may copy bytes while other processes write them; Rust code may

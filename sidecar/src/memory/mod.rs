@@ -20,6 +20,7 @@ mod available;
 mod copy_rows;
 pub(crate) mod cuda;
 mod flow;
+mod lend;
 mod low_water;
 mod memfd;
 mod pinned;
@@ -27,7 +28,7 @@ pub(crate) mod rows;
 pub(crate) mod size;
 
 pub(crate) use available::{Available, Limit};
-pub(crate) use flow::{Inlet, Outlet};
+pub(crate) use flow::{Inlet, Outlet, PIECE_BYTES};
 pub(crate) use low_water::set_low_water;
 use memfd::Memfd;
 pub(crate) use rows::Rows;

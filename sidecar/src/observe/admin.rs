@@ -49,6 +49,17 @@ pub(crate) struct BindError {
 struct Shared {
     status: Arc<Status>,
     metrics: Arc<Metrics>,
+    readers: Readers,
+}
+
+/// The clients that may read the pages about peers and requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Readers {
+    /// Clients of all hosts.
+    AllHosts,
+    /// Clients of this host. The pages show ids of requests and addresses of peers, and a client of another host proves no
+    /// key.
+    ThisHost,
 }
 
 /// The proxy's call-back.
@@ -81,6 +92,7 @@ impl Admin {
         address: &HostPort,
         status: Arc<Status>,
         metrics: Arc<Metrics>,
+        readers: Readers,
     ) -> Result<Self, BindError> {
         let failed = |source| BindError {
             address: address.to_string(),
@@ -94,7 +106,11 @@ impl Admin {
         Ok(Self {
             listener,
             local,
-            router: router(Shared { status, metrics }),
+            router: router(Shared {
+                status,
+                metrics,
+                readers,
+            }),
         })
     }
 
@@ -113,7 +129,10 @@ fn router(shared: Shared) -> Router {
     let shown = Router::new()
         .route("/requests", get(requests))
         .route("/status", get(status))
-        .route_layer(axum::middleware::from_fn(pages::refuse));
+        .route_layer(axum::middleware::from_fn_with_state(
+            shared.readers,
+            pages::refuse,
+        ));
     Router::new()
         .route("/health", get(health))
         .route("/ready", get(ready))

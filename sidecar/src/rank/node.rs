@@ -356,6 +356,8 @@ impl Builder {
             id: &self.config.rank_id(rank),
             link: self.config.times.link,
             stall: self.config.times.stall,
+            identity: self.config.identity.as_ref(),
+            data: self.config.data,
             listen: listen.map(|(listen, port)| DataPort {
                 host: &listen.host,
                 advertise: &listen.advertise,

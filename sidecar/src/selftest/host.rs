@@ -21,6 +21,7 @@ use crate::rank::context::{Gauges, KeptStatus, LinkStatus, Observer, RankRole};
 use crate::rank::metrics::RankMetrics;
 use crate::rank::node::Node;
 use crate::transport::Kind;
+use crate::transport::protection::Protection;
 use crate::transport::set::Wires;
 use crate::transport::table::Choice;
 use crate::transport::ucx::Ucx;
@@ -105,6 +106,7 @@ impl Selftest {
             admin_host: LOOPBACK.to_owned(),
             proxy: None,
             identity: None,
+            data: Protection::Plain,
             ucx: Ucx::default(),
             transport: Choice::Only(wire),
             // The self-test then also covers the code that computes and compares checksums.

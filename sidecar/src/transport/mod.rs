@@ -12,6 +12,7 @@ pub(crate) mod choose;
 pub(crate) mod cuda_ipc;
 pub(crate) mod expected_rate;
 pub(crate) mod nixl;
+pub(crate) mod protection;
 pub(crate) mod readiness;
 pub(crate) mod set;
 pub(crate) mod spec;
@@ -27,6 +28,8 @@ pub(crate) use spec::Kind;
 pub(crate) struct Remote {
     /// `host:init_port`, for logs and errors.
     pub(crate) name: String,
+    /// The name that the receiver's hello gives, with its rank, if the receiver has proved that name's key; else `None`.
+    pub(crate) id: Option<String>,
     /// The handshake's fields that only one transport fills.
     pub(crate) fields: HandshakeFields,
     /// The kind of memory of the buffer.
@@ -113,6 +116,11 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
     /// Receiver: lets writes under `lease` land in `slot` from now on.
     fn open(&self, lease: LeaseId, slot: SlotIndex);
+    /// Receiver: as [`Transport::open`], for a lease of this principal (`None`: the lease has none). A wire whose
+    /// connections prove keys admits only the principal's writes.
+    fn open_for(&self, lease: LeaseId, _owner: Option<&Arc<str>>, slot: SlotIndex) {
+        self.open(lease, slot);
+    }
     /// Receiver: lets no new write begin in `slot`. If this process itself writes the received bytes into the
     /// slot (TCP), no byte lands in the slot after the call returns.
     fn close(&self, slot: SlotIndex);

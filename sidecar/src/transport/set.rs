@@ -131,9 +131,9 @@ impl Wires {
         self.wanted == Choice::Auto
     }
 
-    pub(crate) fn open(&self, lease: LeaseId, slot: SlotIndex) {
+    pub(crate) fn open(&self, lease: LeaseId, owner: Option<&Arc<str>>, slot: SlotIndex) {
         for transport in &self.transports {
-            transport.open(lease, slot);
+            transport.open_for(lease, owner, slot);
         }
     }
 

@@ -5,10 +5,12 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::identity::Identity;
 use protocol::message::Advert;
 
 use super::Transport;
 use super::expected_rate::{Ends, ExpectedRate};
+use super::protection::Protection;
 use crate::memory::Buffer;
 
 /// The facts about a transport that the rest of the process needs. Each transport's folder defines its
@@ -23,6 +25,8 @@ pub(crate) struct Spec {
     pub(super) needs_gpu: bool,
     /// True if the transport loads UCX, so that UCX's TCP ports need the user's consent.
     pub(super) uses_ucx: bool,
+    /// True if keys can protect the transport's data on the wire (`sidecar.data`).
+    pub(super) protects_data: bool,
     /// True if LMCache's peers, which advertise nothing, have the transport.
     pub(super) lmcache_has_it: bool,
     /// The log text if the transport does not start and the configuration does not name it. `None` if a failed
@@ -50,6 +54,10 @@ pub(crate) struct Start<'a> {
     pub(crate) link: Duration,
     /// A write fails if it makes no progress for this time.
     pub(crate) stall: Duration,
+    /// The key of this process and the roster; `None` if no peer proves a key.
+    pub(crate) identity: Option<&'a Identity>,
+    /// The weakest protection of the data of peers that prove a key, for the wires that can protect it.
+    pub(crate) data: Protection,
     /// The port for data; `None` if this side receives nothing.
     pub(crate) listen: Option<DataPort<'a>>,
 }
@@ -87,6 +95,11 @@ impl Kind {
     /// Returns true if the transport serves buffers in GPU memory only.
     pub(crate) fn needs_gpu(self) -> bool {
         self.0.needs_gpu
+    }
+
+    /// Returns true if keys can protect the transport's data on the wire.
+    pub(crate) fn protects_data(self) -> bool {
+        self.0.protects_data
     }
 
     /// Returns true if the sidecar also starts on a host that lacks the transport.

@@ -15,8 +15,8 @@ use tokio_util::sync::CancellationToken;
 use crate::cache::{Cache, Found, Missing};
 use crate::metrics::{Metrics, Operation, Outcome};
 
+use super::bounds::Bounds;
 use super::header::{Command, HeadError, REQUEST_BYTES, Request, Response};
-use super::server::Bounds;
 
 /// What all connections share.
 #[derive(Clone, Debug)]

@@ -1,8 +1,10 @@
 //! LMCache's `lm://` protocol: one request at a time on a TCP connection, numbers of four bytes, no ids.
 
+mod bounds;
 mod connection;
 mod header;
 mod server;
 
+pub use self::bounds::Bounds;
 pub use self::header::{Command, REQUEST_BYTES, RESPONSE_BYTES, Request, Response};
-pub use self::server::{Bounds, Server};
+pub use self::server::Server;

@@ -1,12 +1,11 @@
 //! The listening side: which clients may connect, and how many.
 
 use std::fmt::Display;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::accept::{self, Change, Limits};
-use ipnet::IpNet;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -15,22 +14,8 @@ use tracing::{debug, info, warn};
 use crate::cache::Cache;
 use crate::metrics::{Closed, Metrics};
 
+use super::bounds::Bounds;
 use super::connection::{End, Shared, UNIT_BYTES, serve};
-
-/// The limits of the port.
-#[derive(Clone, Debug)]
-pub struct Bounds {
-    /// Bytes of the largest value.
-    pub max_value: usize,
-    /// Bytes of all values that are being received or sent.
-    pub in_flight: usize,
-    /// Bytes per second that a client must send or read at least.
-    pub least_rate: u64,
-    /// Number of connections.
-    pub connections: usize,
-    /// Networks of the clients besides this machine.
-    pub allow: Vec<IpNet>,
-}
 
 /// The port of the `lm://` protocol.
 #[derive(Debug)]
@@ -106,13 +91,6 @@ impl Server {
             Some(run_one(stream, peer, shared.clone(), ending.clone()))
         })
         .await;
-    }
-}
-
-impl Bounds {
-    fn is_allowed(&self, ip: IpAddr) -> bool {
-        let ip = ip.to_canonical();
-        ip.is_loopback() || self.allow.iter().any(|net| net.contains(&ip))
     }
 }
 

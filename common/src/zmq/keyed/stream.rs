@@ -86,6 +86,7 @@ pub(super) async fn dial(host: &str, port: u16, keyed: &Keyed) -> Result<Made, R
         roles: keyed.roles,
         host: Some(bare.to_owned()),
         keys: keyed.keys.clone(),
+        ..Expected::default()
     };
     let tcp = connect().await?;
     let config = identity::client(&keyed.identity, expected.clone());
@@ -108,9 +109,7 @@ pub(super) async fn dial(host: &str, port: u16, keyed: &Keyed) -> Result<Made, R
 /// roster that has changed since.
 fn made(stream: TlsStream<TcpStream>, keyed: &Keyed, expected: &Expected) -> Result<Made, Refused> {
     let shown = stream.get_ref().1.peer_certificates();
-    let key = shown
-        .and_then(|shown| PublicKey::of_spki(shown.first()?))
-        .ok_or_else(|| refused("tls", "the peer has shown no key"))?;
+    let key = identity::proved(shown).ok_or_else(|| refused("tls", "the peer has shown no key"))?;
     match expected.check(&keyed.identity, &key) {
         Ok(member) => Ok((Stream::Tls(Box::new(stream)), Some((key, member)))),
         Err(refusal) => Err(refused(refusal.as_str(), refusal.to_string())),

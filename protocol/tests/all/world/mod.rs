@@ -42,6 +42,7 @@ pub(crate) use kept::keeper;
 pub(crate) use model::Model;
 use net::Net;
 pub(crate) use plan::{Fault, NetPlan, Park, Plan, RequestPlan, plan, plans};
+pub(crate) use wire::Attack;
 use wire::Wire;
 
 const MS: u64 = 1000;
@@ -154,7 +155,7 @@ impl World {
             p_slots: plan.send_slots,
             d_slots: plan.land_slots,
             net: Net::new(plan.net.clone()),
-            wire: Wire::new(plan.guarded, plan.land_slots, plan.send_slots),
+            wire: Wire::new(plan),
             prefill: PrefillEngine::new(EngineId(1)),
             decode: DecodeEngine::new(EngineId(2)),
             legs: kept::Legs::default(),
@@ -327,6 +328,7 @@ impl World {
         self.net.plan = NetPlan::default();
         self.net.partitioned_until = 0;
         self.wire.fail_next.clear();
+        self.wire.attack = None;
         self.net.corrupt_next = false;
         self.script_request(&RequestPlan::simple("last", 5), self.now);
     }

@@ -233,6 +233,7 @@ impl World {
             Fault::FailWrite => self.wire.fail_next.push(false),
             Fault::LoseWrite => self.wire.fail_next.push(true),
             Fault::CorruptWrite => self.net.corrupt_next = true,
+            Fault::Attack(attack) => self.wire.attack = Some(attack),
             Fault::Stranger => {
                 self.stranger_asks();
                 self.member_forges();

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::model::{Model, models};
+use super::wire::Attack;
 
 /// Plan of one run.
 #[derive(Clone, Debug)]
@@ -14,6 +15,8 @@ pub(crate) struct Plan {
     /// True if the receiving process itself writes into the slots (TCP). A write into a closed slot
     /// then fails instead of landing.
     pub(crate) guarded: bool,
+    /// False if the receiver verifies no tags.
+    pub(crate) verifies: bool,
     pub(crate) net: NetPlan,
     pub(crate) requests: Vec<RequestPlan>,
     /// After this many milliseconds requests with the same ids come again, because LMCache's proxy
@@ -31,6 +34,7 @@ pub(crate) fn plan(requests: Vec<RequestPlan>) -> Plan {
         send_slots: 8,
         land_slots: 8,
         guarded: false,
+        verifies: true,
         net: NetPlan::default(),
         requests,
         again_ms: None,
@@ -111,6 +115,8 @@ pub(crate) enum Fault {
     LoseWrite,
     /// The checksums of the next write are wrong.
     CorruptWrite,
+    /// An attacker on the path changes a piece of the next write, exchanges two, or repeats one. Only over TCP.
+    Attack(Attack),
     /// Both sidecars refuse new requests from now on.
     Drain,
     /// A malicious peer asks for slots, sometimes with its own keys for another sender's request.
@@ -163,6 +169,9 @@ fn fault() -> impl Strategy<Value = Fault> {
         1 => Just(Fault::FailWrite),
         1 => Just(Fault::LoseWrite),
         1 => Just(Fault::CorruptWrite),
+        1 => Just(Fault::Attack(Attack::Change)),
+        1 => Just(Fault::Attack(Attack::Exchange)),
+        1 => Just(Fault::Attack(Attack::Repeat)),
         1 => Just(Fault::Drain),
         2 => Just(Fault::Stranger),
     ]
@@ -253,6 +262,7 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
                     send_slots,
                     land_slots,
                     guarded,
+                    verifies: true,
                     net,
                     requests,
                     again_ms,

@@ -1,4 +1,8 @@
 //! Simulation of slots and of the writes between them.
+//!
+//! If the receiving process itself writes into the slots (TCP), each piece has a tag, and an attacker on the path may
+//! change, exchange and repeat pieces. A wrong tag breaks the data connection: nothing of its writes lands any more, and no
+//! process knows how the writes ended.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +11,7 @@ use protocol::sender::{self, Piece};
 use protocol::{LeaseId, SlotIndex, TransferId};
 
 use super::model::Content;
-use super::{Happening, MS, SECOND, World};
+use super::{Happening, MS, Plan, SECOND, World};
 
 pub(crate) struct Wire {
     pub(crate) guarded: bool,
@@ -24,12 +28,22 @@ pub(crate) struct Wire {
     coming: BTreeMap<(u64, LeaseId), u32>,
     posted: BTreeSet<(TransferId, u64)>,
     refused: BTreeSet<(TransferId, u64)>,
+    /// Writes that were in flight when the data connection broke.
+    broken: BTreeSet<(TransferId, u64)>,
+    /// Number of data connections so far.
+    connection: u64,
+    /// Pieces whose tags were verified on this connection.
+    verified: BTreeSet<(TransferId, u64, u32)>,
+    /// False if the receiver verifies no tags. Only the test of the simulation itself uses this.
+    verifies: bool,
+    /// The attack on the next write.
+    pub(crate) attack: Option<Attack>,
     /// Slots that the decode engine is reading.
     pub(crate) reading: BTreeSet<u32>,
 }
 
 /// Arrival of one piece of a write at its slot.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Landing {
     transfer: TransferId,
     from_epoch: u64,
@@ -38,6 +52,22 @@ pub(crate) struct Landing {
     piece: Piece,
     /// Content that the piece must carry.
     expected: Option<Content>,
+    connection: u64,
+    /// Slot for which the sender computed the tag.
+    tagged_for: SlotIndex,
+    /// True if the attacker has changed the bytes.
+    changed: bool,
+}
+
+/// The act of an attacker on the path.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Attack {
+    /// Changes the bytes of a piece.
+    Change,
+    /// Exchanges the places of two pieces of a write.
+    Exchange,
+    /// Sends a piece again, later.
+    Repeat,
 }
 
 /// End of a write.
@@ -48,9 +78,10 @@ pub(crate) enum End {
 }
 
 impl Wire {
-    pub(crate) fn new(guarded: bool, land: u32, send: u32) -> Self {
+    pub(crate) fn new(plan: &Plan) -> Self {
+        let (land, send) = (plan.land_slots, plan.send_slots);
         Self {
-            guarded,
+            guarded: plan.guarded,
             fail_next: Vec::new(),
             send: vec![None; send as usize],
             land: vec![None; land as usize],
@@ -60,6 +91,11 @@ impl Wire {
             coming: BTreeMap::new(),
             posted: BTreeSet::new(),
             refused: BTreeSet::new(),
+            broken: BTreeSet::new(),
+            connection: 0,
+            verified: BTreeSet::new(),
+            verifies: plan.verifies,
+            attack: None,
             reading: BTreeSet::new(),
         }
     }
@@ -75,6 +111,7 @@ impl World {
             Some(unknown) => End::Failed { terminal: !unknown },
         };
         let mut latest = 0;
+        let mut landings = Vec::new();
         for &piece in pieces {
             let delay = match end {
                 // The piece may still be in flight long after the failure.
@@ -90,7 +127,6 @@ impl World {
             if (piece.offset, piece.bytes) != (0, bytes) || bytes > self.chunking.slot_bytes() {
                 self.fail(&format!("{piece:?} does not cover {parts:?}"));
             }
-            *self.wire.coming.entry((from_epoch, lease)).or_default() += 1;
             let landing = Landing {
                 transfer,
                 from_epoch,
@@ -98,7 +134,17 @@ impl World {
                 lease,
                 piece,
                 expected,
+                connection: self.wire.connection,
+                tagged_for: piece.to,
+                changed: false,
             };
+            landings.push((delay, landing));
+        }
+        if let Some(attack) = self.wire.attack.take_if(|_| self.wire.guarded) {
+            self.attack_write(attack, &mut landings);
+        }
+        for (delay, landing) in landings {
+            *self.wire.coming.entry((from_epoch, lease)).or_default() += 1;
             self.after(delay, Happening::Land(landing));
         }
         if matches!(end, End::Failed { terminal: false }) {
@@ -111,6 +157,37 @@ impl World {
         if lasts < 40 * MS {
             self.after(lasts, Happening::WriteLasts(transfer, from_epoch));
         }
+    }
+
+    fn attack_write(&mut self, attack: Attack, landings: &mut Vec<(u64, Landing)>) {
+        match (attack, &mut landings[..]) {
+            (Attack::Change, [(_, first), ..]) => first.changed = true,
+            (Attack::Exchange, [(_, first), (_, second), ..]) => {
+                std::mem::swap(&mut first.piece.to, &mut second.piece.to);
+            }
+            (Attack::Repeat, [(delay, first), ..]) => {
+                let again = (*delay + 1, first.clone());
+                let later = (*delay + 60 * MS, first.clone());
+                landings.extend([again, later]);
+            }
+            // The attack waits for a write of several pieces.
+            (attack, _) => self.wire.attack = Some(attack),
+        }
+    }
+
+    /// Returns true if the piece's tag is right and has not come before.
+    fn verify(&mut self, landing: &Landing) -> bool {
+        let piece = (landing.transfer, landing.from_epoch, landing.piece.to.0);
+        landing.tagged_for == landing.piece.to
+            && !landing.changed
+            && self.wire.verified.insert(piece)
+    }
+
+    /// Ends the data connection. The next write uses a new one.
+    fn break_connection(&mut self) {
+        self.wire.connection += 1;
+        self.wire.verified.clear();
+        self.wire.broken.extend(self.wire.posted.iter());
     }
 
     pub(crate) fn write_lasts(&mut self, transfer: TransferId, epoch: u64) {
@@ -133,6 +210,19 @@ impl World {
         }
         let slot = landing.piece.to.0 as usize;
         let open = self.wire.open[slot] == Some(landing.lease);
+        if self.wire.guarded && self.wire.verifies {
+            if landing.connection != self.wire.connection {
+                return; // the receiver has closed this connection
+            }
+            if !self.verify(landing) {
+                // The tag follows the bytes, which may lie in the open slot already.
+                if open {
+                    self.wire.land[slot] = None;
+                }
+                self.break_connection();
+                return;
+            }
+        }
         if self.wire.guarded && !open {
             // The receiver refuses this write: with TCP, the receiving process writes into the
             // slots itself.
@@ -157,12 +247,13 @@ impl World {
                 .posted
                 .contains(&(landing.transfer, landing.from_epoch));
         let carried = self.wire.send[landing.piece.from.0 as usize].clone();
-        if alive && carried != landing.expected {
+        if alive && !landing.changed && carried != landing.expected {
             self.fail(&format!("a write carries {carried:?} instead: {landing:?}"));
         }
         // The bytes of a write are undefined if the write has failed at its sender or if the
         // sender's process is dead.
-        self.wire.land[slot] = if alive { carried } else { None };
+        let intact = alive && !landing.changed;
+        self.wire.land[slot] = if intact { carried } else { None };
     }
 
     pub(crate) fn write_ends(&mut self, transfer: TransferId, epoch: u64, end: End) {
@@ -170,6 +261,10 @@ impl World {
             return;
         }
         let event = match end {
+            _ if self.wire.broken.remove(&(transfer, epoch)) => sender::Event::Failed {
+                transfer,
+                terminal: false,
+            },
             _ if self.wire.refused.remove(&(transfer, epoch)) => sender::Event::Failed {
                 transfer,
                 terminal: true,
@@ -238,6 +333,7 @@ impl World {
     pub(crate) fn sender_dies(&mut self) {
         self.wire.posted.clear();
         self.wire.refused.clear();
+        self.wire.broken.clear();
         self.wire.send.fill(None);
         let fenced: Vec<LeaseId> = self.wire.fenced.keys().copied().collect();
         for lease in fenced {

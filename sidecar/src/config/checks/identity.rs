@@ -8,6 +8,7 @@ use super::value;
 use crate::config::keys::Sidecar;
 use crate::config::layers::{Layers, Source};
 use crate::config::value::Role;
+use crate::transport::protection::Protection;
 
 /// Returns the key and the roster; `None` with `auth: off`, or if there is a mistake.
 pub(super) fn identity(layers: &mut Layers, sidecar: &Sidecar, role: Role) -> Option<Identity> {
@@ -87,4 +88,31 @@ pub(super) fn is_own_name(layers: &mut Layers, sidecar: &Sidecar, identity: &Ide
         }
     }
     name
+}
+
+/// Returns the protection of the data of peers that prove keys.
+pub(super) fn data(layers: &mut Layers, sidecar: &Sidecar) -> Protection {
+    let auth = value(&sidecar.auth).unwrap_or_default();
+    match &sidecar.data {
+        Some(given) => {
+            if auth == Auth::Off && given.value != Protection::Plain {
+                layers.wrong(
+                    "sidecar.data",
+                    given,
+                    "without keys nothing can be protected, and sidecar.auth is off",
+                    "set sidecar.auth to require, with sidecar.key_file and sidecar.roster",
+                );
+            }
+            given.value
+        }
+        None => {
+            let data = match auth {
+                Auth::Off => Protection::Plain,
+                Auth::Prefer | Auth::Require => Protection::Sealed,
+            };
+            let source = Source::Key("sidecar.auth".to_owned());
+            layers.computed("sidecar.data", data.as_str().to_owned(), &source);
+            data
+        }
+    }
 }

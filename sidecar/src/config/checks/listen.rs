@@ -1,10 +1,15 @@
 //! Checks the ports to which senders connect, and the ports that other machines can reach.
 
+use common::identity::Auth;
+
 use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
 use crate::config::layers::{Inputs, Layers, SPAWNED_VARIABLE, Source};
 use crate::config::value::{HostPort, Role, is_loopback, is_wildcard};
 use crate::config::{FetchListen, Listen, RankPorts};
+use crate::transport::Kind;
+use crate::transport::protection::Protection;
+use crate::transport::table::Choice;
 use crate::transport::ucx::Ucx;
 
 pub(super) fn listen(
@@ -200,8 +205,15 @@ fn is_spawned(inputs: &Inputs) -> bool {
         .any(|(name, value)| name == SPAWNED_VARIABLE && !value.is_empty())
 }
 
-/// Refuses ports that other machines can reach, unless the user consents, because peers are not authenticated
-/// yet.
+/// The protection that the configuration gives to the ports.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keys {
+    pub(super) auth: Auth,
+    pub(super) data: Protection,
+}
+
+/// Refuses ports that other machines can reach and at which peers need no key, unless the user consents. Each mistake names
+/// the channel and the cure.
 pub(super) fn exposed(
     layers: &mut Layers,
     lmcache: &Lmcache,
@@ -209,26 +221,44 @@ pub(super) fn exposed(
     listen: Option<&Listen>,
     fetch: Option<&FetchListen>,
     ucx: Option<&Ucx>,
+    keys: Keys,
 ) {
     let allowed = value(&sidecar.insecure).unwrap_or(false);
+    let closed = keys.auth == Auth::Require;
+    let transport = value(&sidecar.transport).unwrap_or(Choice::Auto);
     let mut open = Vec::new();
     if let (Some(listen), Some(given)) = (listen, &lmcache.pd_peer_host)
         && !is_loopback(&listen.host)
     {
-        open.push(("pd_peer_host", listen.host.clone()));
-        if !allowed {
-            layers.wrong("pd_peer_host", given, UNAUTHENTICATED, ALLOW);
+        // With keys, the control channels are closed to strangers. The data of each wire has its own protection.
+        let (what, cure) = if !closed {
+            (Some(UNAUTHENTICATED), ALLOW)
+        } else if listen.ranks.iter().any(|rank| rank.query.is_some()) {
+            (Some(QUERY), QUERY_CURE)
+        } else if transport.kinds().any(Kind::protects_data) && keys.data == Protection::Plain {
+            (Some(PLAIN_DATA), PLAIN_DATA_CURE)
+        } else {
+            (None, "")
+        };
+        if let Some(what) = what {
+            open.push(("pd_peer_host", listen.host.clone()));
+            if !allowed {
+                layers.wrong("pd_peer_host", given, what, cure);
+            }
         }
     }
     if let (Some(fetch), Some(given)) = (fetch, &sidecar.fetch_port)
         && !is_loopback(&fetch.host)
+        && !closed
     {
         open.push(("sidecar.fetch_port", fetch.host.clone()));
         if !allowed {
             layers.wrong("sidecar.fetch_port", given, UNAUTHENTICATED, ALLOW);
         }
     }
-    if let Some(given) = sidecar.admin.as_ref().filter(|a| !a.value.is_loopback()) {
+    if let Some(given) = sidecar.admin.as_ref().filter(|a| !a.value.is_loopback())
+        && !closed
+    {
         open.push(("sidecar.admin", given.value.to_string()));
         if !allowed {
             layers.wrong("sidecar.admin", given, UNAUTHENTICATED, ALLOW);
@@ -245,7 +275,11 @@ pub(super) fn exposed(
         };
         open.push(("sidecar.nixl_over_tcp", at.to_owned()));
         if !allowed {
-            layers.wrong("sidecar.nixl_over_tcp", given, UNAUTHENTICATED, ALLOW);
+            let (what, cure) = match closed {
+                true => (UCX, UCX_CURE),
+                false => (UNAUTHENTICATED, ALLOW),
+            };
+            layers.wrong("sidecar.nixl_over_tcp", given, what, cure);
         }
     }
     if allowed && !open.is_empty() {
@@ -258,9 +292,19 @@ pub(super) fn exposed(
     }
 }
 
-const UNAUTHENTICATED: &str = "it listens beyond this machine, and peers are not authenticated yet";
-const ALLOW: &str = "use 127.0.0.1, or accept this in a trusted network: --insecure, \
-                     PD_SIDECAR_INSECURE=true or sidecar.insecure: true";
+const UNAUTHENTICATED: &str = "it listens beyond this machine, and peers need no key";
+const ALLOW: &str = "set sidecar.auth to require with sidecar.key_file and sidecar.roster, or use 127.0.0.1, or accept \
+                     this in a trusted network: --insecure, PD_SIDECAR_INSECURE=true or sidecar.insecure: true";
+const PLAIN_DATA: &str = "the data channel listens beyond this machine, and sidecar.data is plain: whoever is on the path \
+                          can read and change KV";
+const PLAIN_DATA_CURE: &str =
+    "set sidecar.data to sealed or authenticated, or accept this: sidecar.insecure: true";
+const QUERY: &str =
+    "the query channel listens beyond this machine, and LMCache's peers prove no key";
+const QUERY_CURE: &str = "remove pd_peer_query_port, or accept this: sidecar.insecure: true";
+const UCX: &str = "the UCX channel listens beyond this machine, and UCX lets anyone who reaches it read and write this \
+                   process's memory; sidecar.auth does not protect it";
+const UCX_CURE: &str = "remove sidecar.nixl_over_tcp, or accept this: sidecar.insecure: true";
 
 /// Returns the host at which `peers` reach this sidecar's ports. Peers cannot connect to a wildcard address, so the user
 /// must then name another host; `None` if the user does not.

@@ -39,9 +39,7 @@ fn a_configured_fetch_port_is_used() {
     assert_eq!(port(&other, &[]), at("10.0.0.2", "10.0.0.2", 7600));
     check(
         &other,
-        &[
-            "x.yaml:3|sidecar.fetch_port|7600|it listens beyond this machine, and peers are not authenticated yet",
-        ],
+        &["x.yaml:3|sidecar.fetch_port|7600|it listens beyond this machine, and peers need no key"],
     );
     let wildcard = format!("{sender}pd_peer_host: 0.0.0.0\n");
     check(

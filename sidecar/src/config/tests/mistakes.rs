@@ -167,8 +167,8 @@ fn listening_beyond_this_machine_must_be_asked_for() {
     let file = RECEIVER.replacen("127.0.0.1", "10.0.0.2", 1) + "sidecar: {admin: '0.0.0.0:7900'}\n";
     let expect = [
         "x.yaml:8|sidecar.admin|0.0.0.0:7900|the proxy cannot call back a wildcard address",
-        "x.yaml:3|pd_peer_host|10.0.0.2|it listens beyond this machine, and peers are not authenticated yet",
-        "x.yaml:8|sidecar.admin|0.0.0.0:7900|it listens beyond this machine, and peers are not authenticated yet",
+        "x.yaml:3|pd_peer_host|10.0.0.2|it listens beyond this machine, and peers need no key",
+        "x.yaml:8|sidecar.admin|0.0.0.0:7900|it listens beyond this machine, and peers need no key",
     ];
     check(&file, &expect);
     for (env, flags) in [
@@ -217,7 +217,7 @@ fn ucx_listens_by_consent_only() {
     // Ports that UCX opens beyond this machine also need `insecure`.
     let far = SENDER.replacen("proxy:", "advertise_host: 10.0.0.2, proxy:", 1);
     let open = "environment PD_SIDECAR_NIXL_OVER_TCP|sidecar.nixl_over_tcp|trusted|it listens beyond this machine, and \
-                peers are not authenticated yet";
+                peers need no key";
     assert_eq!(mistakes(&inputs(&far, &[consent], &[])), [open]);
     let ucx = of(&far, &[consent], &[("--insecure", "on")]).unwrap();
     assert_eq!(ucx.tcp_host.as_deref(), Some("10.0.0.2"));
@@ -272,4 +272,75 @@ fn variables_of_kubernetes_services_stop_no_start() {
         let found = mistakes(&inputs(RECEIVER, &[("PD_SIDECAR_TCP_PORT", value)], &[]));
         assert_eq!(found.len(), 1, "{value}: {found:?}");
     }
+}
+
+/// With keys and protected data, every address may be used without a further word. A channel that keys do not close is named,
+/// with the cure for it.
+#[test]
+fn with_keys_only_open_channels_need_consent() {
+    use common::identity::keygen;
+
+    let folder = tempfile::tempdir().unwrap();
+    let (key, roster) = (folder.path().join("key"), folder.path().join("roster"));
+    let public = keygen(&key).unwrap();
+    std::fs::write(
+        &roster,
+        format!("{public}: {{name: a, roles: [receiver]}}\n"),
+    )
+    .unwrap();
+    let file = |rest: &str| {
+        RECEIVER.replacen("127.0.0.1", "10.0.0.2", 1)
+            + &format!(
+                "sidecar: {{admin: '10.0.0.2:7900', auth: require, key_file: {}, roster: {}{rest}}}\n",
+                key.display(),
+                roster.display()
+            )
+    };
+    let found = |rest: &str| mistakes(&inputs(&file(rest), &[], &[]));
+    let channels = |rest: &str| {
+        let inputs = inputs(&file(rest), &[], &[]);
+        let (config, report) = Config::load(&inputs).unwrap_or_else(|r| panic!("{}", r.errors()));
+        assert!(!report.warnings.iter().any(|w| w.contains("INSECURE")));
+        let all = crate::config::channels::of(&config).into_iter();
+        let data = all.filter(|channel| channel.name == "data");
+        data.map(|channel| channel.protection).collect::<Vec<_>>()
+    };
+    assert!(
+        channels("")
+            .iter()
+            .all(|data| data.contains("each part is encrypted"))
+    );
+    let authenticated = channels(", data: authenticated");
+    assert!(
+        authenticated
+            .iter()
+            .all(|data| data.contains("each part has a tag; anybody"))
+    );
+    // Without the built-in TCP transport there is no such channel.
+    assert_eq!(found(", data: plain, transport: nixl"), [""; 0]);
+    let plain = &found(", data: plain")[..];
+    assert!(
+        plain.len() == 1 && plain[0].contains("the data channel listens beyond this machine"),
+        "{plain:?}"
+    );
+    let ucx = &found(", nixl_over_tcp: trusted")[..];
+    assert!(
+        ucx.len() == 1 && ucx[0].contains("the UCX channel listens"),
+        "{ucx:?}"
+    );
+    let prefer = file("").replace("auth: require", "auth: prefer");
+    let prefer = mistakes(&inputs(&prefer, &[], &[]));
+    assert_eq!(prefer.len(), 2, "{prefer:?}");
+    let query = file("") + "pd_peer_query_port: [7500, 7501]\n";
+    let query = mistakes(&inputs(&query, &[], &[]));
+    assert!(
+        query.len() == 1 && query[0].contains("the query channel"),
+        "{query:?}"
+    );
+    let off = RECEIVER.to_owned() + "sidecar: {data: sealed}\n";
+    let off = mistakes(&inputs(&off, &[], &[]));
+    assert!(
+        off.len() == 1 && off[0].contains("sidecar.auth is off"),
+        "{off:?}"
+    );
 }

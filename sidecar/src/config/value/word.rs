@@ -6,6 +6,7 @@ use common::identity::Auth;
 
 use super::{Value, scalar};
 use crate::config::yaml::Raw;
+use crate::transport::protection::Protection;
 use crate::transport::table::{CHOICES, Choice};
 
 fn unknown() -> String {
@@ -94,6 +95,21 @@ impl Value for Auth {
         // YAML reads the plain word `off` as false.
         let word = if word == "false" { "off" } else { &word };
         let found = all.into_iter().find(|auth| auth.as_str() == word);
+        found.ok_or_else(unknown)
+    }
+
+    fn show(&self) -> String {
+        self.as_str().to_owned()
+    }
+}
+
+/// The protection of data on the built-in TCP transport.
+impl Value for Protection {
+    const WANT: &'static str = "plain, authenticated or sealed";
+
+    fn read(raw: &Raw, _: &mut Vec<String>) -> Result<Self, String> {
+        let word = scalar(raw)?.trim().to_ascii_lowercase();
+        let found = Self::ALL.into_iter().find(|one| one.as_str() == word);
         found.ok_or_else(unknown)
     }
 

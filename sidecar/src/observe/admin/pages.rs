@@ -1,4 +1,4 @@
-//! Keeps web pages from reading the answers of the admin server.
+//! Keeps web pages, and with keys also other hosts, from reading the pages about peers and requests.
 //!
 //! A browser on this host also connects from a loopback address, so the address does not show whether a web
 //! page sent a request. A page can read only answers to requests that name the page's own host. With DNS
@@ -7,19 +7,35 @@
 
 use std::net::SocketAddr;
 
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
+use common::http_server::OwnAddress;
 use common::origin::{host, is_local, is_of_another_site};
 use tracing::warn;
 
-use super::refused;
+use super::{Readers, refused};
 
-/// Refuses a request from a loopback address if a web page may have sent it.
-pub(super) async fn refuse(request: Request, next: Next) -> Response {
+/// Refuses a request of a client that may not read the page, and a request from a loopback address if a web page may have
+/// sent it.
+pub(super) async fn refuse(
+    State(readers): State<Readers>,
+    request: Request,
+    next: Next,
+) -> Response {
     let peer = request.extensions().get::<SocketAddr>();
-    let is_here = peer.is_some_and(|peer| peer.ip().to_canonical().is_loopback());
+    let from = peer.map(|peer| peer.ip().to_canonical());
+    let is_here = from.is_some_and(|from| from.is_loopback());
+    // A client of this host that connects to another address of the host has that address itself.
+    let own = request.extensions().get::<OwnAddress>().map(|own| own.0);
+    let is_of_this_host = is_here || (from.is_some() && from == own);
+    if readers == Readers::ThisHost && !is_of_this_host {
+        return refused(
+            StatusCode::FORBIDDEN,
+            "with sidecar.auth: require, only clients on this host may read this page",
+        );
+    }
     if is_here && is_a_page(request.headers()) {
         let path = request.uri().path();
         warn!(

@@ -1,8 +1,12 @@
 use std::time::Duration;
 
-use common::http_server::{HEAD_TIMEOUT, MAX_CONNECTIONS, MAX_HEAD_BYTES, REQUEST_TIMEOUT};
+use axum::extract::Request;
+use common::http_server::{
+    HEAD_TIMEOUT, MAX_CONNECTIONS, MAX_HEAD_BYTES, OwnAddress, REQUEST_TIMEOUT,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tower::ServiceExt;
 
 use super::*;
 use crate::observe::status::tests::{config, gauges, link, record, slot_layout};
@@ -23,7 +27,7 @@ impl Fixture {
             host: "127.0.0.1".to_owned(),
             port: 0,
         };
-        let admin = Admin::bind(&address, Arc::clone(&status), metrics)
+        let admin = Admin::bind(&address, Arc::clone(&status), metrics, Readers::AllHosts)
             .await
             .unwrap();
         let (port, stop) = (admin.port(), CancellationToken::new());
@@ -333,11 +337,47 @@ async fn a_port_in_use_is_named() {
         port: f.port,
     };
     let metrics = Arc::new(Metrics::new(&f.status));
-    let error = Admin::bind(&address, Arc::clone(&f.status), metrics)
+    let error = Admin::bind(&address, Arc::clone(&f.status), metrics, Readers::AllHosts)
         .await
         .unwrap_err();
     assert!(
         error.to_string().contains(&format!("127.0.0.1:{}", f.port)),
         "{error}"
     );
+}
+
+/// With keys, a client of another host reads no ids of requests and no addresses of peers. Probes, metrics and the proxy's
+/// call-back still work.
+#[tokio::test]
+async fn with_keys_other_hosts_read_no_pages() {
+    for (readers, from, page) in [
+        (Readers::ThisHost, "10.0.0.9:1000", 403),
+        (Readers::ThisHost, "127.0.0.1:1000", 200),
+        (Readers::ThisHost, "[::ffff:127.0.0.1]:1000", 200),
+        (Readers::ThisHost, "10.0.0.2:1000", 200),
+        (Readers::AllHosts, "10.0.0.9:1000", 200),
+    ] {
+        let status = Arc::new(Status::new(&config(&[])));
+        let metrics = Arc::new(Metrics::new(&status));
+        let shared = Shared {
+            status,
+            metrics,
+            readers,
+        };
+        for (path, code) in [
+            ("/status", page),
+            ("/requests", page),
+            ("/health", 200),
+            ("/metrics", 200),
+        ] {
+            let request = Request::builder().uri(path).header("Host", "localhost");
+            let mut request = request.body(axum::body::Body::empty()).unwrap();
+            let peer: SocketAddr = from.parse().unwrap();
+            request.extensions_mut().insert(peer);
+            let own = OwnAddress("10.0.0.2".parse().unwrap());
+            request.extensions_mut().insert(own);
+            let answer = router(shared.clone()).oneshot(request).await.unwrap();
+            assert_eq!(answer.status().as_u16(), code, "{readers:?} {from} {path}");
+        }
+    }
 }

@@ -352,7 +352,11 @@ impl ReceiverTask {
             Action::Ask { to, message } => self.keepers.send(&to, &message),
             Action::Ready(engine, m) => self.tell(engine, ToEngine::Ready(m)),
             Action::Ended(engine, m) => self.tell(engine, ToEngine::Ended(m)),
-            Action::Open { lease, slot } => self.context.wires.open(lease, slot),
+            Action::Open { lease, slot } => {
+                let owner = self.machine.as_ref().and_then(|m| m.principal_of(lease));
+                let owner = owner.map(|principal| Arc::from(&*principal.0));
+                self.context.wires.open(lease, owner.as_ref(), slot);
+            }
             Action::Close { slot } => self.context.wires.close(slot),
             Action::Fence {
                 sender,

@@ -146,6 +146,10 @@ impl Connection {
         let slots = linked.pages.slots;
         let mut remote = Remote {
             name: format!("{}:{}", self.to.host, self.to.init_port),
+            id: match &self.protection {
+                Protection::Keyed(_) => hello.as_ref().map(|hello| hello.id.clone()),
+                Protection::Plain => None,
+            },
             fields: HandshakeFields {
                 metadata: linked.metadata,
                 rows: linked.rows,

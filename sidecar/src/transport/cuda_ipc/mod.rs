@@ -49,6 +49,7 @@ pub(crate) const KIND: Kind = Kind(&Spec {
     loaded: true,
     needs_gpu: true,
     uses_ucx: false,
+    protects_data: false,
     lmcache_has_it: false,
     absence: None,
     start,

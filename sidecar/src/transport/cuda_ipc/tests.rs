@@ -49,6 +49,7 @@ async fn chunks_arrive_once_they_are_ready_and_nothing_else_does() {
     assert!(sender.reaches(&receiver.advert(), false).is_err());
     let remote = Remote {
         name: "receiver".to_owned(),
+        id: None,
         fields: HandshakeFields::default(),
         memory: protocol::dlist::Memory::Vram,
         slots,

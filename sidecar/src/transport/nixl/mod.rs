@@ -56,6 +56,7 @@ pub(crate) const KIND: Kind = Kind(&Spec {
     loaded: true,
     needs_gpu: false,
     uses_ucx: true,
+    protects_data: false,
     lmcache_has_it: true,
     absence: Some("no NIXL, so the built-in TCP transport is used"),
     start,

@@ -8,9 +8,9 @@
 //! lease is closed only to make room for another address, and only if its own address has more than half of the
 //! maximum number of connections.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::io::{self, Write as _};
+use std::io;
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use protocol::LeaseId;
 use rustix::event::{PollFd, PollFlags};
 
-use super::frame::{Answer, Hello, Refusal, VERSION};
+use super::frame::{Hello, Refusal, VERSION};
 use super::handshake::Waiting;
 use super::reader::{Reader, Receiver};
 use super::socket::{Waker, poll_for, prepare};
@@ -194,13 +194,8 @@ impl Accepting {
                     self.evicted();
                 }
             }
-            self.waiting.push(Waiting {
-                socket,
-                peer,
-                hello: [0; Hello::BYTES],
-                got: 0,
-                until: Instant::now() + self.receiver.handshake,
-            });
+            let until = Instant::now() + self.receiver.handshake;
+            self.waiting.push(Waiting::new(socket, peer, until));
         }
         None
     }
@@ -210,12 +205,17 @@ impl Accepting {
         let now = Instant::now();
         let all = std::mem::take(&mut self.waiting);
         for (mut waiting, ready) in all.into_iter().zip(ready) {
-            let step = if *ready { waiting.read() } else { Ok(None) };
+            let rules = &self.receiver.admission;
+            let step = if *ready {
+                waiting.read(rules)
+            } else {
+                Ok(None)
+            };
             match step {
                 Ok(Some(hello)) => self.admit(waiting, hello),
                 Ok(None) if now < waiting.until => self.waiting.push(waiting),
-                Ok(None) => self.refuse(&waiting, Refusal::Stalled),
-                Err(Some(why)) => self.refuse(&waiting, why),
+                Ok(None) => self.refuse(&mut waiting, Refusal::Stalled),
+                Err(Some(why)) => self.refuse(&mut waiting, why),
                 // A port scanner connects and sends nothing.
                 Err(None) => {
                     tracing::debug!(peer = %waiting.peer, "a peer disconnected before its hello")
@@ -240,12 +240,13 @@ impl Accepting {
             None
         };
         if let Some(why) = wrong {
-            return self.refuse(&waiting, why);
+            return self.refuse(&mut waiting, why);
         }
-        // The send buffer of a fresh connection has room for an answer, so this does not block.
-        if waiting.socket.write_all(&Answer::Welcome.encode()).is_err() {
-            return;
-        }
+        let welcomed = match waiting.welcome(&self.receiver.admission) {
+            Ok(welcomed) => welcomed,
+            Err(Some(why)) => return self.refuse(&mut waiting, why),
+            Err(None) => return,
+        };
         let socket = Arc::new(waiting.socket);
         let shown = Arc::new(AtomicU64::new(0));
         let landing = Reader {
@@ -253,6 +254,9 @@ impl Accepting {
             socket: Arc::clone(&socket),
             peer: waiting.peer,
             shown: Arc::clone(&shown),
+            writer: welcomed.writer,
+            key: welcomed.key,
+            seals: RefCell::new(welcomed.seals),
             low_water: Cell::new(1),
         };
         let id = self.next;
@@ -338,15 +342,12 @@ impl Accepting {
             .fetch_add(1, Ordering::Relaxed);
     }
 
-    fn refuse(&self, waiting: &Waiting, why: Refusal) {
+    fn refuse(&self, waiting: &mut Waiting, why: Refusal) {
         self.receiver.counters.refuse(why);
         if let Some(dropped) = self.receiver.counters.log.allow(Instant::now()) {
             tracing::warn!(peer = %waiting.peer, %why, dropped, "tcp connection refused");
         }
-        // A peer of another protocol would not understand the answer.
-        if waiting.got == Hello::BYTES && why != Refusal::Malformed {
-            drop((&waiting.socket).write(&Answer::Refused { batch: 0, why }.encode()));
-        }
+        waiting.tell(why);
     }
 
     fn reap(&mut self) {

@@ -23,6 +23,8 @@ use rustix::net::{SendFlags, send, sockopt};
 
 use super::batch::Ticket;
 use super::frame::{Answer, Part, Write};
+use super::protected_writer::Protected;
+use super::seal::{Seals, TAG_BYTES};
 use super::socket::{Waker, poll_for};
 use crate::memory::{Buffer, Outlet};
 use crate::transport::readiness::{LOOK, sleep_exactly};
@@ -75,6 +77,7 @@ impl ConnectionWriter {
     /// Starts the thread of a connection that the receiver has welcomed.
     pub(super) fn start(
         socket: TcpStream,
+        seals: Option<Seals>,
         buffer: Arc<Buffer>,
         stall: Duration,
         name: &str,
@@ -91,7 +94,8 @@ impl ConnectionWriter {
             queue: Arc::clone(&queue),
             sending: None,
             unanswered: VecDeque::new(),
-            answer: [0; Answer::BYTES],
+            protected: seals.map(Protected::new),
+            answer: [0; Answer::BYTES + TAG_BYTES],
             answered: 0,
             batch: 0,
             progress: Instant::now(),
@@ -158,7 +162,9 @@ struct Worker {
     /// Batches that were begun and have no answer yet, in order. A part of the last batch may still be
     /// unsent.
     unanswered: VecDeque<(u64, Ticket)>,
-    answer: [u8; Answer::BYTES],
+    /// The protection of both directions; `None` if the data is plain.
+    protected: Option<Protected>,
+    answer: [u8; Answer::BYTES + TAG_BYTES],
     answered: usize,
     batch: u64,
     /// The last time at which bytes were sent or an answer came.
@@ -262,8 +268,12 @@ impl Worker {
             lease: job.lease,
         };
         let mut sources = job.sources.into_iter();
+        let mut head = head.encode(&parts);
+        if let Some(protected) = &mut self.protected {
+            protected.seals.out.sign(&mut head);
+        }
         self.sending = Some(Sending {
-            head: head.encode(&parts),
+            head,
             head_sent: 0,
             now: sources.next(),
             sources,
@@ -305,7 +315,9 @@ impl Worker {
         let Some(sending) = &mut self.sending else {
             return Ok(Pushed::All);
         };
-        let result = sending.push(&self.socket, &mut self.outlet, &mut self.progress);
+        let outlet = &mut self.outlet;
+        let protected = self.protected.as_mut();
+        let result = sending.push(&self.socket, outlet, protected, &mut self.progress);
         match result {
             Ok(()) => {
                 self.sending = None;
@@ -318,15 +330,19 @@ impl Worker {
 
     /// Reads the answers that have come.
     fn listen(&mut self) -> io::Result<()> {
+        let whole = match &self.protected {
+            Some(_) => Answer::BYTES + TAG_BYTES,
+            None => Answer::BYTES,
+        };
         loop {
-            match (&self.socket).read(&mut self.answer[self.answered..]) {
+            match (&self.socket).read(&mut self.answer[self.answered..whole]) {
                 Ok(0) => return Err(io::Error::other("the receiver closed the connection")),
                 Ok(n) => self.answered += n,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-            if self.answered == Answer::BYTES {
+            if self.answered == whole {
                 self.answered = 0;
                 self.progress = Instant::now();
                 self.settle()?;
@@ -337,7 +353,15 @@ impl Worker {
     /// Gives the answered batch its outcome.
     fn settle(&mut self) -> io::Result<()> {
         let nonsense = || io::Error::other("the receiver's answer is not valid");
-        let (batch, outcome) = match Answer::decode(&self.answer) {
+        let (answer, tag) = self.answer.split_at(Answer::BYTES);
+        if let Some(protected) = &mut self.protected
+            && protected.seals.back.check(answer, tag).is_err()
+        {
+            let text = "an answer's tag is wrong: it was changed, repeated or reordered on the way";
+            return Err(io::Error::other(text));
+        }
+        let answer = answer.first_chunk().and_then(Answer::decode);
+        let (batch, outcome) = match answer {
             Some(Answer::Landed { batch }) => (batch, Outcome::Done),
             Some(Answer::Refused { batch: 0, why }) => return Err(io::Error::other(why)),
             Some(Answer::Refused { batch, why }) => {
@@ -413,6 +437,7 @@ impl Sending {
         &mut self,
         socket: &TcpStream,
         outlet: &mut Outlet,
+        mut protected: Option<&mut Protected>,
         progress: &mut Instant,
     ) -> io::Result<()> {
         while self.head_sent < self.head.len() {
@@ -427,8 +452,19 @@ impl Sending {
         }
         while let Some(source) = self.now {
             let left = source.to.bytes - self.sent;
-            let want = usize::try_from(left).map_or(SEND_BYTES, |left| left.min(SEND_BYTES));
-            match outlet.send(socket, source.from + self.sent, want) {
+            let from = source.from + self.sent;
+            let result = match &mut protected {
+                Some(protected) => {
+                    let last = self.sources.len() == 0;
+                    protected.send(socket, outlet, from, left, last, progress)
+                }
+                None => {
+                    let want =
+                        usize::try_from(left).map_or(SEND_BYTES, |left| left.min(SEND_BYTES));
+                    outlet.send(socket, from, want)
+                }
+            };
+            match result {
                 Ok(n) => {
                     self.sent += n as u64;
                     *progress = Instant::now();

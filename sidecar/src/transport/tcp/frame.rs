@@ -218,6 +218,12 @@ refusals! {
     Stalled = 7 "refused_stalled" "no byte came for too long",
     /// The receiver has too many connections.
     Busy = 8 "refused_busy" "too many connections",
+    /// The receiver takes only protected connections.
+    Unprotected = 9 "refused_unprotected" "the receiver's sidecar.data is not plain: give this sidecar a key of its roster",
+    /// The peer has proved no key that the roster permits here.
+    Key = 10 "refused_key" "the connection has proved no key of a sender in the receiver's roster",
+    /// A tag is wrong.
+    Forged = 11 "refused_forged" "a tag is wrong: bytes were changed, repeated or reordered on the way",
 }
 
 impl Refusal {

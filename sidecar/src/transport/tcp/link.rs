@@ -1,22 +1,23 @@
 //! Connects to a receiver and divides writes among the connections.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::future::BoxFuture;
 use protocol::LeaseId;
 use protocol::sender::Piece;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::lookup_host;
 
 use super::KIND;
 use super::batch::Batch;
 use super::connection_writer::{ConnectionWriter, Job, Source};
-use super::frame::{Answer, Hello, MAX_PIECES, Part, VERSION};
-use super::socket::prepare;
+use super::frame::{Hello, MAX_PIECES, Part, VERSION};
+use super::greeting::{Greeting, Terms, greet};
+use super::seal::Seals;
 use crate::memory::Buffer;
+use crate::transport::protection::Protection;
 use crate::transport::{Kind, Link, LinkError, Outcome, Ready, Remote};
 
 /// The link to one receiver, over one or more connections.
@@ -29,16 +30,6 @@ pub(super) struct TcpLink {
     slots: u32,
     slot_bytes: u64,
     reported: String,
-}
-
-/// The settings for a new link.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Terms {
-    pub(super) streams: usize,
-    pub(super) connect: Duration,
-    pub(super) stall: Duration,
-    /// Bytes of a slot of the send buffer; 0 before the first slot layout.
-    pub(super) slot_bytes: u64,
 }
 
 impl TcpLink {
@@ -64,7 +55,7 @@ impl TcpLink {
                 terms.slot_bytes, remote.slots, remote.slot_bytes
             )));
         }
-        let connecting = Self::connect_all(&buffer, address, &remote, terms);
+        let connecting = Self::connect_all(&buffer, address, &remote, &terms);
         match tokio::time::timeout(terms.connect, connecting).await {
             Ok(Ok(link)) => Ok(link),
             Ok(Err(cause)) => Err(fail(format!("{address}: {cause}"))),
@@ -79,7 +70,7 @@ impl TcpLink {
         buffer: &Arc<Buffer>,
         address: &str,
         remote: &Remote,
-        terms: Terms,
+        terms: &Terms,
     ) -> Result<Self, String> {
         let addresses: Vec<SocketAddr> = lookup_host(address)
             .await
@@ -90,15 +81,34 @@ impl TcpLink {
             slots: remote.slots,
             slot_bytes: remote.slot_bytes,
         };
+        let greeting = Greeting {
+            // `lookup_host` has accepted the address, so it has a port.
+            host: address.rsplit_once(':').map_or(address, |(host, _)| host),
+            addresses: &addresses,
+            hello,
+            terms,
+            receiver: remote.id.as_deref(),
+        };
         let mut connections = Vec::new();
         let mut reported = String::new();
         for _ in 0..terms.streams.max(1) {
-            let socket = greet(&addresses, hello, terms.stall).await?;
+            let (socket, seals) = greet(&greeting).await?;
+            let protection = seals.as_ref().map_or(Protection::Plain, Seals::protection);
             if let (Ok(from), Ok(to)) = (socket.local_addr(), socket.peer_addr()) {
-                reported = format!("{} tcp from {} to {to}", terms.streams.max(1), from.ip());
+                let streams = terms.streams.max(1);
+                reported = format!(
+                    "{streams} tcp from {} to {to}, {}",
+                    from.ip(),
+                    protection.as_str()
+                );
             }
-            let connection =
-                ConnectionWriter::start(socket, Arc::clone(buffer), terms.stall, &remote.name);
+            let connection = ConnectionWriter::start(
+                socket,
+                seals,
+                Arc::clone(buffer),
+                terms.stall,
+                &remote.name,
+            );
             connections.push(
                 connection.map_err(|error| format!("cannot start a sending thread: {error}"))?,
             );
@@ -197,39 +207,6 @@ impl Link for TcpLink {
     fn is_broken(&self) -> bool {
         self.connections.iter().any(ConnectionWriter::is_dead)
     }
-}
-
-/// Connects, sends the hello and waits for the answer.
-async fn greet(
-    addresses: &[SocketAddr],
-    hello: Hello,
-    stall: Duration,
-) -> Result<TcpStream, String> {
-    let mut stream = tokio::net::TcpStream::connect(addresses)
-        .await
-        .map_err(|error| format!("cannot connect: {error}"))?;
-    stream
-        .write_all(&hello.encode())
-        .await
-        .map_err(|error| format!("cannot send the greeting: {error}"))?;
-    let mut answer = [0; Answer::BYTES];
-    stream.read_exact(&mut answer).await.map_err(|error| {
-        format!(
-            "closed the connection instead of a greeting ({error}): is it a sidecar's data port?"
-        )
-    })?;
-    match Answer::decode(&answer) {
-        Some(Answer::Welcome) => {}
-        Some(Answer::Refused { why, .. }) => return Err(format!("refused: {why}")),
-        Some(Answer::Landed { .. }) | None => {
-            return Err("sent no valid greeting: is it a sidecar's data port?".to_owned());
-        }
-    }
-    let socket = stream.into_std().and_then(|socket| {
-        prepare(&socket, stall)?;
-        Ok(socket)
-    });
-    socket.map_err(|error| format!("socket settings: {error}"))
 }
 
 /// Divides ranges into at most `shares` shares of about equal size. A small write stays one share.

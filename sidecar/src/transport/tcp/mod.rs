@@ -29,6 +29,10 @@
 //! | [`address`] | the address of the data port |
 //! | [`acceptor`] | listening, and the admission of connections |
 //! | [`handshake`] | a connection before its hello |
+//! | [`greeting`] | the same at the sender |
+//! | [`seal`] | authentication and encryption of frames |
+//! | [`pieces`] | the pieces of a part that have one tag |
+//! | [`protected_reader`], [`protected_writer`] | receiving and sending pieces with tags |
 //! | [`reader`] | receiving: from a connection into slots |
 //! | [`slot_gate`] | the permission to write into a slot; the fence |
 //! | [`link`] | sending: connecting, dividing writes |
@@ -40,11 +44,13 @@ use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::identity::Identity;
 use futures::future::BoxFuture;
 use protocol::message::Advert;
 use protocol::{LeaseId, SlotIndex};
 
 use super::expected_rate::ExpectedRate;
+use super::protection::Protection;
 use super::spec::{Spec, Start};
 use super::{Kind, Link, LinkError, Remote, Transport};
 use crate::memory::Buffer;
@@ -55,14 +61,21 @@ mod batch;
 mod connection_writer;
 mod counts;
 mod frame;
+mod greeting;
 mod handshake;
 mod link;
+mod pieces;
+mod protected_reader;
+mod protected_writer;
 mod reader;
+mod seal;
 mod slot_gate;
 mod socket;
 
 use acceptor::Acceptor;
-use link::{TcpLink, Terms};
+use greeting::Terms;
+use handshake::Admission;
+use link::TcpLink;
 use reader::Receiver;
 
 #[cfg(test)]
@@ -74,6 +87,7 @@ pub(crate) const KIND: Kind = Kind(&Spec {
     loaded: false,
     needs_gpu: false,
     uses_ucx: false,
+    protects_data: true,
     lmcache_has_it: false,
     absence: None,
     start,
@@ -85,6 +99,8 @@ fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     let mut config = Config {
         connect: with.link,
         stall: with.stall,
+        identity: with.identity.cloned(),
+        protection: with.data,
         ..Config::default()
     };
     if let Some(data) = with.listen {
@@ -124,6 +140,10 @@ pub(crate) struct Config {
     pub(crate) stall: Duration,
     /// A silent connection is closed after this time, unless its lease is open.
     pub(crate) idle: Duration,
+    /// The key of this process and the roster; `None` if no peer proves a key.
+    pub(crate) identity: Option<Identity>,
+    /// The weakest protection of the data of peers that prove a key.
+    pub(crate) protection: Protection,
 }
 
 impl Default for Config {
@@ -137,6 +157,8 @@ impl Default for Config {
             handshake: Duration::from_secs(5),
             stall: Duration::from_secs(10),
             idle: Duration::from_secs(600),
+            identity: None,
+            protection: Protection::Plain,
         }
     }
 }
@@ -159,6 +181,7 @@ impl Tcp {
             buffer,
             gates: slot_gate::SlotGates::default(),
             counters: counts::Counters::default(),
+            admission: Admission::new(config.identity.as_ref(), config.protection),
             handshake: config.handshake,
             stall: config.stall,
             idle: config.idle,
@@ -221,6 +244,8 @@ impl Transport for Tcp {
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>> {
         let buffer = Arc::clone(&self.receiving.buffer);
         let terms = Terms {
+            identity: self.config.identity.clone(),
+            least: self.config.protection,
             streams: self.config.streams,
             connect: self.config.connect,
             stall: self.config.stall,
@@ -233,7 +258,11 @@ impl Transport for Tcp {
     }
 
     fn open(&self, lease: LeaseId, slot: SlotIndex) {
-        self.receiving.gates.open(lease, slot);
+        self.receiving.gates.open(lease, None, slot);
+    }
+
+    fn open_for(&self, lease: LeaseId, owner: Option<&Arc<str>>, slot: SlotIndex) {
+        self.receiving.gates.open(lease, owner, slot);
     }
 
     fn close(&self, slot: SlotIndex) {

@@ -1,18 +1,22 @@
 //! Receives from one connection: moves bytes from its socket into slots.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, Read, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use common::identity::PublicKey;
 use protocol::LeaseId;
 use rustix::event::PollFlags;
 
 use super::counts::Counters;
 use super::frame::{Answer, Part, Refusal, Write};
-use super::slot_gate::{Pass, SlotGates, SlotLayout};
+use super::handshake::Admission;
+use super::pieces::{Rest, pieces};
+use super::seal::{Forged, Seals, TAG_BYTES};
+use super::slot_gate::{Pass, SlotGates, SlotLayout, Writer};
 use super::socket::wait;
 use crate::memory::{Buffer, Inlet, set_low_water};
 
@@ -22,6 +26,8 @@ pub(super) struct Receiver {
     pub(super) buffer: Arc<Buffer>,
     pub(super) gates: SlotGates,
     pub(super) counters: Counters,
+    /// The rules for connections.
+    pub(super) admission: Admission,
     /// Time limit for the rest of a frame's head once the head has begun.
     pub(super) handshake: Duration,
     /// The connection ends if it makes no progress for this time while it receives a frame's bytes or sends an
@@ -40,19 +46,30 @@ pub(super) struct Reader {
     /// The lease of the last write that was admitted; 0 before the first write. A peer cannot guess a lease, so
     /// a peer that has used this lease is trusted while the lease is open.
     pub(super) shown: Arc<AtomicU64>,
+    pub(super) writer: Writer,
+    /// The key that the peer has proved; `None` if it has proved none.
+    pub(super) key: Option<PublicKey>,
+    /// The protection of both directions; `None` if the data is plain.
+    pub(super) seals: RefCell<Option<Seals>>,
     /// The kernel wakes this thread only when this many bytes have come; 1 at first.
     pub(super) low_water: Cell<usize>,
 }
 
 /// The reason why a connection ends.
 #[derive(Debug, thiserror::Error)]
-enum End {
+pub(super) enum End {
     #[error("closed between writes")]
     Closed,
     #[error("refused: {0}")]
     Refused(#[from] Refusal),
     #[error("broken: {0}")]
     Broken(#[from] io::Error),
+}
+
+impl From<Forged> for End {
+    fn from(_: Forged) -> Self {
+        Self::Refused(Refusal::Forged)
+    }
 }
 
 impl Reader {
@@ -90,28 +107,62 @@ impl Reader {
     fn frame(&self, inlet: &mut Inlet) -> Result<(), End> {
         let (write, parts) = self.head()?;
         let batch = write.batch;
+        // A key may leave the roster while its connection is open.
+        if self
+            .key
+            .is_some_and(|key| self.receiver.admission.permits(&key).is_none())
+        {
+            let why = Refusal::Key;
+            self.answer(Answer::Refused { batch, why })?;
+            return Err(why.into());
+        }
         // The sum of valid parts may still overflow, but no slots can hold so many bytes.
         let bytes = parts
             .iter()
             .try_fold(0_u64, |sum, part| sum.checked_add(part.bytes))
             .ok_or(Refusal::Bounds)?;
+        let tags: u64 = match &*self.seals.borrow() {
+            Some(_) => parts.iter().map(|part| pieces(part.bytes)).sum(),
+            None => 0,
+        };
         // A fixed time for each frame would be too short for long frames, so the time grows with the bytes: 1
         // ms per KiB.
         let deadline = Instant::now() + self.receiver.stall + Duration::from_millis(bytes >> 10);
         let layout = self.receiver.gates.current();
         let admitted: Result<Vec<Pass>, Refusal> = parts
             .iter()
-            .map(|part| layout.admit(write.lease, *part))
+            .map(|part| layout.admit(write.lease, &self.writer, *part))
             .collect();
         let refused = match admitted {
             Ok(passes) => {
                 self.shown.store(write.lease.0, Ordering::Relaxed);
-                self.land(inlet, &layout, &passes, bytes, deadline)?
+                let mut seals = self.seals.borrow_mut();
+                match seals.as_mut().map(|seals| &mut seals.back) {
+                    Some(seal) => {
+                        let mut rest = Rest { bytes, tags };
+                        let landed =
+                            self.land_protected(inlet, seal, &layout, &passes, &mut rest, deadline);
+                        match landed {
+                            // The sender learns that nothing of the write can land any more.
+                            Err(End::Refused(why @ Refusal::Forged)) => {
+                                drop(seals);
+                                self.answer(Answer::Refused { batch, why })?;
+                                return Err(why.into());
+                            }
+                            landed => landed?,
+                        }
+                    }
+                    None => self.land(inlet, &layout, &passes, bytes, deadline)?,
+                }
             }
             // If a lease has just ended, the peer may have writes under other leases on this connection. So the
             // bytes for the closed slots are read and dropped, and later writes are still served.
             Err(Refusal::Closed) if self.shown.load(Ordering::Relaxed) != 0 => {
-                self.discard(bytes, deadline)?;
+                let mut seals = self.seals.borrow_mut();
+                if let Some(seals) = seals.as_mut() {
+                    seals.back.skip(tags);
+                }
+                self.discard(Rest { bytes, tags }.total(), deadline)?;
                 Some(Refusal::Closed)
             }
             Err(why) => {
@@ -138,10 +189,10 @@ impl Reader {
     fn head(&self) -> Result<(Write, Vec<Part>), End> {
         // Every frame has at least one part, and each part has at least one byte, so the first read cannot
         // read bytes of the next frame.
-        let mut first = [0; Write::BYTES + Part::BYTES];
+        let mut head = vec![0; Write::BYTES + Part::BYTES];
         self.wake_at(1)?;
         let got = loop {
-            match (&*self.socket).read(&mut first) {
+            match (&*self.socket).read(&mut head) {
                 Ok(0) => return Err(End::Closed),
                 Ok(n) => break n,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -152,26 +203,24 @@ impl Reader {
             }
         };
         let deadline = Instant::now() + self.receiver.handshake;
-        self.fill(&mut first[got..], deadline)?;
-        let (head, part) = first.split_at(Write::BYTES);
-        let write = exact(head).and_then(Write::decode);
+        self.fill(&mut head[got..], deadline)?;
+        let write = head.first_chunk().and_then(Write::decode);
         let write = write.ok_or(Refusal::Malformed)?;
-        let mut parts = vec![
-            exact(part)
-                .and_then(Part::decode)
-                .ok_or(Refusal::Malformed)?,
-        ];
-        // The decoder has checked that there are at most `MAX_PIECES`.
-        let mut rest = vec![0; (write.parts as usize - 1) * Part::BYTES];
-        self.fill(&mut rest, deadline)?;
-        for part in rest.chunks_exact(Part::BYTES) {
-            parts.push(
-                exact(part)
-                    .and_then(Part::decode)
-                    .ok_or(Refusal::Malformed)?,
-            );
+        // The decoder has checked that there are at most `MAX_PIECES`. Nothing else of the head is believed before its
+        // tag is verified.
+        let begun = head.len();
+        head.resize(Write::BYTES + write.parts as usize * Part::BYTES, 0);
+        self.fill(&mut head[begun..], deadline)?;
+        if let Some(seals) = &mut *self.seals.borrow_mut() {
+            let mut tag = [0; TAG_BYTES];
+            self.fill(&mut tag, deadline)?;
+            seals.back.check(&head, &tag)?;
         }
-        Ok((write, parts))
+        let parts = head[Write::BYTES..]
+            .chunks_exact(Part::BYTES)
+            .map(|part| exact(part).and_then(Part::decode));
+        let parts: Option<Vec<Part>> = parts.collect();
+        Ok((write, parts.ok_or(Refusal::Malformed)?))
     }
 
     /// Waits for the next frame.
@@ -226,7 +275,7 @@ impl Reader {
     }
 
     /// Reads bytes for closed slots and drops them, so that the next frame can be read.
-    fn discard(&self, mut left: u64, deadline: Instant) -> Result<(), End> {
+    pub(super) fn discard(&self, mut left: u64, deadline: Instant) -> Result<(), End> {
         let mut scratch = vec![0; SCRATCH_BYTES];
         while left > 0 {
             let want = usize::try_from(left).map_or(SCRATCH_BYTES, |n| n.min(SCRATCH_BYTES));
@@ -239,12 +288,26 @@ impl Reader {
         Ok(())
     }
 
-    fn fill(&self, mut out: &mut [u8], deadline: Instant) -> Result<(), End> {
+    fn fill(&self, out: &mut [u8], deadline: Instant) -> Result<(), End> {
+        let left = out.len() as u64;
+        self.fill_within(out, left, deadline)
+    }
+
+    /// Fills `out` from a frame of which `left` bytes are still to come.
+    pub(super) fn fill_within(
+        &self,
+        mut out: &mut [u8],
+        mut left: u64,
+        deadline: Instant,
+    ) -> Result<(), End> {
         while !out.is_empty() {
             match (&*self.socket).read(out) {
                 Ok(0) => return Err(cut_off().into()),
-                Ok(n) => out = &mut out[n..],
-                Err(error) => self.retry(error, out.len() as u64, deadline)?,
+                Ok(n) => {
+                    out = &mut out[n..];
+                    left -= n as u64;
+                }
+                Err(error) => self.retry(error, left, deadline)?,
             }
         }
         Ok(())
@@ -260,7 +323,7 @@ impl Reader {
 
     /// If a read has found no bytes, waits for bytes within the stall time and the frame's deadline. The peer
     /// sends only `left` more bytes, so the call waits for at most this number of bytes.
-    fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
+    pub(super) fn retry(&self, error: io::Error, left: u64, deadline: Instant) -> Result<(), End> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
             io::ErrorKind::WouldBlock => {
@@ -281,7 +344,10 @@ impl Reader {
 
     fn answer(&self, answer: Answer) -> Result<(), End> {
         let deadline = Instant::now() + self.receiver.stall;
-        let bytes = answer.encode();
+        let mut bytes = answer.encode().to_vec();
+        if let Some(seals) = &mut *self.seals.borrow_mut() {
+            seals.out.sign(&mut bytes);
+        }
         let mut left = &bytes[..];
         while !left.is_empty() {
             match (&*self.socket).write(left) {
@@ -335,7 +401,7 @@ fn exact<const N: usize>(bytes: &[u8]) -> Option<&[u8; N]> {
     bytes.try_into().ok()
 }
 
-fn cut_off() -> io::Error {
+pub(super) fn cut_off() -> io::Error {
     io::Error::new(
         io::ErrorKind::UnexpectedEof,
         "the sender closed the connection within a write",

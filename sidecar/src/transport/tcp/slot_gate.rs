@@ -29,6 +29,8 @@ pub(super) struct SlotLayout {
 #[derive(Debug, Default)]
 struct SlotGate {
     open_to: Option<LeaseId>,
+    /// The principal of the lease; `None` if the lease has none.
+    owner: Option<Arc<str>>,
     /// The number of openings so far. A write that was admitted through an earlier opening does not pass,
     /// even if the slot was opened again to the same lease.
     opening: u64,
@@ -43,6 +45,25 @@ pub(super) struct Pass {
     pub(super) offset: u64,
     /// Bytes of the part.
     pub(super) bytes: u64,
+}
+
+/// The peer of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Writer {
+    /// The peer has proved the key of this member of the roster.
+    Member(Arc<str>),
+    /// The peer has proved no key. It may write for members if their data needs no protection.
+    Unknown { for_members: bool },
+}
+
+impl Writer {
+    fn may_write_for(&self, owner: Option<&str>) -> bool {
+        match (self, owner) {
+            (Self::Member(name), owner) => owner == Some(&**name),
+            (Self::Unknown { .. }, None) => true,
+            (Self::Unknown { for_members }, Some(_)) => *for_members,
+        }
+    }
 }
 
 impl SlotGates {
@@ -64,8 +85,8 @@ impl SlotGates {
         Arc::clone(&self.layout.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Lets writes under `lease` land in `slot` from now on.
-    pub(super) fn open(&self, lease: LeaseId, slot: SlotIndex) {
+    /// Lets writes under `lease`, which belongs to the principal `owner`, land in `slot` from now on.
+    pub(super) fn open(&self, lease: LeaseId, owner: Option<&Arc<str>>, slot: SlotIndex) {
         let layout = self.current();
         let Some(gate) = layout.gate(slot.0) else {
             tracing::error!(%slot, %lease, slots = layout.slots(), "a slot that does not exist was opened");
@@ -73,6 +94,7 @@ impl SlotGates {
         };
         let mut gate = gate.write().unwrap_or_else(PoisonError::into_inner);
         gate.open_to = Some(lease);
+        gate.owner = owner.cloned();
         gate.opening += 1;
     }
 
@@ -102,15 +124,21 @@ impl SlotLayout {
             .collect()
     }
 
-    /// Admits a part under `lease`, or returns the reason for the refusal.
-    pub(super) fn admit(&self, lease: LeaseId, part: Part) -> Result<Pass, Refusal> {
+    /// Admits a part under `lease` from this writer, or returns the reason for the refusal.
+    pub(super) fn admit(
+        &self,
+        lease: LeaseId,
+        writer: &Writer,
+        part: Part,
+    ) -> Result<Pass, Refusal> {
         let gate = self.gate(part.slot).ok_or(Refusal::Bounds)?;
         let end = part.offset.checked_add(part.bytes).ok_or(Refusal::Bounds)?;
         if end > self.slot_bytes {
             return Err(Refusal::Bounds);
         }
         let gate = gate.read().unwrap_or_else(PoisonError::into_inner);
-        if gate.open_to != Some(lease) {
+        // A member of the roster that knows another member's lease gets the answer for an unknown lease.
+        if gate.open_to != Some(lease) || !writer.may_write_for(gate.owner.as_deref()) {
             return Err(Refusal::Closed);
         }
         Ok(Pass {
@@ -149,6 +177,7 @@ mod tests {
     use super::*;
 
     const LEASE: LeaseId = LeaseId(5);
+    const ANYBODY: Writer = Writer::Unknown { for_members: true };
 
     fn part(slot: u32, offset: u64, bytes: u64) -> Part {
         Part {
@@ -161,11 +190,11 @@ mod tests {
     #[test]
     fn only_the_lease_passes_and_only_within_the_slot() {
         let gates = SlotGates::default();
-        let refusal = |lease, part| gates.current().admit(lease, part).map(drop);
+        let refusal = |lease, part| gates.current().admit(lease, &ANYBODY, part).map(drop);
         assert_eq!(refusal(LEASE, part(0, 0, 1)), Err(Refusal::Bounds));
         gates.divide(4, 100);
-        gates.open(LEASE, SlotIndex(2));
-        gates.open(LEASE, SlotIndex(4));
+        gates.open(LEASE, None, SlotIndex(2));
+        gates.open(LEASE, None, SlotIndex(4));
         for (lease, part, expect) in [
             (LEASE, part(2, 0, 100), Ok(())),
             (LEASE, part(2, 99, 1), Ok(())),
@@ -178,25 +207,51 @@ mod tests {
         ] {
             assert_eq!(refusal(lease, part), expect, "{lease} {part:?}");
         }
-        let pass = gates.current().admit(LEASE, part(2, 7, 3)).unwrap();
+        let pass = gates
+            .current()
+            .admit(LEASE, &ANYBODY, part(2, 7, 3))
+            .unwrap();
         assert_eq!((pass.offset, pass.bytes), (207, 3));
+    }
+
+    /// A lease's id is enough for a writer only where data needs no protection. Else the connection's key must be the
+    /// lease's.
+    #[test]
+    fn a_lease_belongs_to_its_principal() {
+        let member = |name: &str| Writer::Member(name.into());
+        let stranger = Writer::Unknown { for_members: false };
+        let gates = SlotGates::default();
+        gates.divide(2, 10);
+        gates.open(LEASE, Some(&"a".into()), SlotIndex(0));
+        gates.open(LEASE, None, SlotIndex(1));
+        for (writer, slot, expect) in [
+            (member("a"), 0, true),
+            (member("b"), 0, false),
+            (stranger.clone(), 0, false),
+            (ANYBODY, 0, true),
+            (member("a"), 1, false),
+            (stranger, 1, true),
+        ] {
+            let admitted = gates.current().admit(LEASE, &writer, part(slot, 0, 1));
+            assert_eq!(admitted.is_ok(), expect, "{writer:?} {slot}");
+        }
     }
 
     #[test]
     fn a_pass_ends_with_its_opening() {
         let gates = SlotGates::default();
         gates.divide(2, 10);
-        gates.open(LEASE, SlotIndex(1));
+        gates.open(LEASE, None, SlotIndex(1));
         let layout = gates.current();
-        let pass = layout.admit(LEASE, part(1, 0, 1)).unwrap();
+        let pass = layout.admit(LEASE, &ANYBODY, part(1, 0, 1)).unwrap();
         assert_eq!(layout.through(&pass, || 1), Some(1));
         gates.close(SlotIndex(1));
         assert_eq!(layout.through(&pass, || 1), None);
-        gates.open(LEASE, SlotIndex(1));
+        gates.open(LEASE, None, SlotIndex(1));
         assert_eq!(layout.through(&pass, || 1), None, "the old opening");
-        let pass = layout.admit(LEASE, part(1, 0, 1)).unwrap();
+        let pass = layout.admit(LEASE, &ANYBODY, part(1, 0, 1)).unwrap();
         gates.divide(2, 10);
-        gates.open(LEASE, SlotIndex(1));
+        gates.open(LEASE, None, SlotIndex(1));
         assert_eq!(layout.through(&pass, || 1), None, "the old cut");
     }
 
@@ -204,9 +259,9 @@ mod tests {
     fn closing_waits_for_who_is_inside() {
         let gates = Arc::new(SlotGates::default());
         gates.divide(1, 10);
-        gates.open(LEASE, SlotIndex(0));
+        gates.open(LEASE, None, SlotIndex(0));
         let layout = gates.current();
-        let pass = layout.admit(LEASE, part(0, 0, 1)).unwrap();
+        let pass = layout.admit(LEASE, &ANYBODY, part(0, 0, 1)).unwrap();
         let inside = Barrier::new(2);
         let landed = AtomicBool::new(false);
         std::thread::scope(|scope| {

@@ -32,6 +32,7 @@ impl Receiver {
         let mut receiver = Self {
             remote: Remote {
                 name: format!("receiver-{}", child.id()),
+                id: None,
                 fields: HandshakeFields::default(),
                 memory: Memory::Dram,
                 slots,

@@ -10,6 +10,8 @@ use crate::transport::{HandshakeFields, Outcome};
 
 mod fence;
 mod hostile;
+pub(super) mod keyed;
+mod on_path;
 mod pushes;
 
 pub(super) const MIB: u64 = 1 << 20;
@@ -28,6 +30,7 @@ pub(super) fn remote(of: &Tcp) -> Remote {
     let layout = of.receiving.gates.current();
     Remote {
         name: "receiver".to_owned(),
+        id: None,
         fields: HandshakeFields::default(),
         memory: protocol::dlist::Memory::Dram,
         slots: layout.slots(),

@@ -321,7 +321,7 @@ fn pair(slots: u32, slot_bytes: u64) -> (Tcp, Tcp) {
     )
 }
 
-fn failed(terminal: bool, error: &str) -> Outcome {
+pub(super) fn failed(terminal: bool, error: &str) -> Outcome {
     Outcome::Failed {
         terminal,
         error: error.to_owned(),
