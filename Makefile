@@ -130,7 +130,7 @@ lint: venv ## Check formatting, clippy, dependencies, ruff, mypy and the tree (s
 advisories: venv ## Look the Rust dependencies up in RustSec's database of known faults (needs github.com)
 	$(DENY) advisories
 
-bench: venv ## Measure this project against its baselines; writes target/bench.json and target/bench.md
+bench: venv venv-lmcache ## Measure this project against its baselines; writes target/bench.json and target/bench.md
 	$(CARGO) build --release --locked --bins --examples
 	$(PYTHON_IN_VENV) tests/bench/run.py $(BENCH)
 

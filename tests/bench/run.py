@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Runs all benchmarks, or the named ones: `run.py [pushes] [protection] [handshakes] [engines] [ways] [proxies]
-[crowd]`.
+[crowd] [store]`.
 
 Writes target/bench.json (flat) and target/bench.md (the table of docs/benchmarks.md).
 """
@@ -22,14 +22,14 @@ from harness.process import ended_by_signals
 from harness.progress import Progress
 from harness.sidecar import ROOT
 
-from bench import crowd, engines, handshakes, protection, proxies, pushes, ways
+from bench import crowd, engines, handshakes, protection, proxies, pushes, store, ways
 from bench.figures import Figures
 
 LOGS = ROOT / "target" / "bench-logs"
 
 
 def main() -> int:
-    wanted = sys.argv[1:] or ["pushes", "protection", "handshakes", "engines", "ways", "proxies", "crowd"]
+    wanted = sys.argv[1:] or ["pushes", "protection", "handshakes", "engines", "ways", "proxies", "crowd", "store"]
     shutil.rmtree(LOGS, ignore_errors=True)
     figures, progress = Figures(), Progress()
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="pd-bench-") as folder:
@@ -49,6 +49,7 @@ def main() -> int:
                 lambda: proxies.measure(figures, Path(folder), LOGS),
             ),
             ("crowd", "2,000 streams for a minute", lambda: crowd.measure(figures, LOGS)),
+            ("store", "the store beside LMCache's server", lambda: store.measure(figures, Path(folder), LOGS)),
         ]
         for name, what, measure in groups:
             if name in wanted:
