@@ -69,6 +69,7 @@ def _keys(own: Path, data: str) -> dict[str, dict[str, object]]:
         public = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         entries[public] = {"name": role, "roles": [role]}
         settings[role] = {
+            "id": role,
             "auth": "require",
             "key_file": str(own / f"{role}.key"),
             "roster": str(own / "roster.yaml"),
