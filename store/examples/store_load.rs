@@ -65,13 +65,13 @@ async fn main() {
     let get = began.elapsed();
     times.sort_unstable();
     let total = (clients * values * bytes) as f64;
-    let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64();
+    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64();
     println!(
         r#"{{"put_bytes_per_s": {}, "get_bytes_per_s": {}, "get_p50_s": {}, "get_p99_s": {}, "bytes": {}}}"#,
         total / put.as_secs_f64(),
         2.0 * total / get.as_secs_f64(),
-        at(0.5),
-        at(0.99),
+        at(50),
+        at(99),
         3.0 * total
     );
 }
@@ -92,6 +92,7 @@ async fn head(stream: &mut TcpStream, command: i32, bytes: usize, client: usize,
 async fn answer(stream: &mut TcpStream) -> (i32, usize) {
     let mut head = [0; RESPONSE_BYTES];
     stream.read_exact(&mut head).await.expect("an answer");
-    let number = |at: usize| i32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    let number =
+        |at: usize| i32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
     (number(0), usize::try_from(number(4)).expect("a length"))
 }

@@ -64,7 +64,8 @@ def _report(figures: Figures, found: dict[str, list[dict[str, float]]], clients:
 
 
 def _load(port: int, clients: int, values: int, size: int) -> dict[str, Any]:
-    command = [BINARIES / "examples" / "store_load", f"127.0.0.1:{port}", str(clients), str(values), str(size)]
+    program = BINARIES / "examples" / "store_load"
+    command: list[str | Path] = [program, f"127.0.0.1:{port}", str(clients), str(values), str(size)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return dict(json.loads(run.stdout))
 
