@@ -9,7 +9,8 @@ use foyer::{Code, Error, ErrorKind, Result};
 /// The name of a value: the bytes of LMCache's key text.
 pub type Key = Vec<u8>;
 
-/// What the client said about a value. The store returns these numbers unchanged and does not interpret them.
+/// The description that a client sent with a value. The store returns these numbers unchanged and does not interpret
+/// them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct About {
     /// LMCache's number of the memory format.
@@ -25,7 +26,7 @@ pub struct About {
 /// A value of the store. A clone shares the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What the client said about the value.
+    /// The description that came with the value.
     pub about: About,
     /// End of the value's life in milliseconds since 1970; `u64::MAX` means no end. The wall clock is used because the
     /// value may outlive the process.

@@ -18,7 +18,7 @@ use crate::metrics::{Metrics, Operation, Outcome};
 use super::bounds::Bounds;
 use super::header::{Command, HeadError, REQUEST_BYTES, Request, Response};
 
-/// What all connections share.
+/// The state that all connections share.
 #[derive(Clone, Debug)]
 pub(super) struct Shared {
     pub(super) cache: Cache,

@@ -34,7 +34,7 @@ pub struct Request {
     pub command: Command,
     /// Bytes of the value that follows; 0 except for [`Command::Put`].
     pub length: usize,
-    /// What the client says about the value.
+    /// The description of the value.
     pub about: About,
     /// The key without its padding.
     pub key: Key,
@@ -47,7 +47,7 @@ pub struct Response {
     pub ok: bool,
     /// Bytes of the value that follows.
     pub length: usize,
-    /// What the client that put the value said about it.
+    /// The description that came with the value in its PUT.
     pub about: About,
 }
 
