@@ -31,6 +31,8 @@ use omq_tokio::options::KeepAlive;
 use omq_tokio::{Endpoint, Message, Options, ReconnectPolicy, Socket};
 use tracing::warn;
 
+use crate::host::bare;
+
 pub use dealer::{DealerClient, FromServer};
 pub use inbox::{Frame, Inbox};
 pub use keyed::{Keyed, Protection};
@@ -115,10 +117,7 @@ fn options(max_message: usize) -> Options {
 }
 
 fn endpoint(host: &str, port: u16) -> Endpoint {
-    let bare = host
-        .strip_prefix('[')
-        .and_then(|h| h.strip_suffix(']'))
-        .unwrap_or(host);
+    let bare = bare(host);
     let host = match (bare, bare.parse()) {
         ("*" | "", _) => Host::Wildcard,
         (_, Ok(ip)) => Host::Ip(ip),
@@ -129,8 +128,7 @@ fn endpoint(host: &str, port: u16) -> Endpoint {
 
 /// Binds a TCP port for a socket of this module.
 async fn bind_tcp(host: &str, port: u16) -> Result<tokio::net::TcpListener, BindError> {
-    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-    let bare = match bare.unwrap_or(host) {
+    let bare = match bare(host) {
         "*" | "" => "0.0.0.0",
         bare => bare,
     };

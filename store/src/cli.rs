@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::Parser;
+use common::host::{bare, is_loopback};
 use ipnet::IpNet;
 use store::cache::{Disk, Sizes};
 use store::daemon::Settings;
@@ -138,7 +139,7 @@ impl Cli {
                 ));
             }
         }
-        if self.allow.is_empty() && !is_loopback(&self.listen) {
+        if self.allow.is_empty() && !is_local(&self.listen) {
             return Err(format!(
                 "--listen {}: the lm:// protocol has no keys, so anyone who reaches the port can read and replace \
                  KV. Name the networks of the clients: --allow 10.1.0.0/16",
@@ -174,13 +175,9 @@ impl Cli {
 }
 
 /// Returns true if only this machine can reach the address.
-fn is_loopback(address: &str) -> bool {
+fn is_local(address: &str) -> bool {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost"
-        || host
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback())
+    is_loopback(bare(host))
 }
 
 const TEACHING: &str = "\

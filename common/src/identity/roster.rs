@@ -14,6 +14,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::PublicKey;
+use crate::host::bare;
 
 /// The part that a process may play on the control channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -272,12 +273,6 @@ fn is_host(host: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     let is_name = (1..=253).contains(&host.len()) && host.chars().all(fits);
     is_name || host.parse::<std::net::IpAddr>().is_ok()
-}
-
-/// Returns an IPv6 address without its brackets, and any other host as it is.
-fn bare(host: &str) -> &str {
-    let inner = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-    inner.unwrap_or(host)
 }
 
 impl fmt::Display for RosterError {

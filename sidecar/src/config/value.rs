@@ -9,7 +9,7 @@ mod word;
 
 use std::fmt;
 
-pub(crate) use self::address::{Host, HostPort, Url, is_loopback, is_wildcard};
+pub(crate) use self::address::{Host, HostPort, Url, is_wildcard};
 pub(crate) use self::device::{Device, Devices};
 pub(crate) use self::number::{Bytes, Count, MAX_RANKS, Port, Ports};
 pub(crate) use self::time::{Millis, Seconds};

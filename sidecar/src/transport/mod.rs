@@ -114,13 +114,9 @@ pub(crate) trait Transport: Send + Sync + fmt::Debug {
     fn divide(&self, _slots: u32, _slot_bytes: u64) {}
     /// Sender: connects to a receiver's buffer. The wire's own timeout limits the duration of the call.
     fn link(&self, remote: Remote) -> BoxFuture<'static, Result<Arc<dyn Link>, LinkError>>;
-    /// Receiver: lets writes under `lease` land in `slot` from now on.
-    fn open(&self, lease: LeaseId, slot: SlotIndex);
-    /// Receiver: as [`Transport::open`], for a lease of this principal (`None`: the lease has none). A wire whose
-    /// connections prove keys admits only the principal's writes.
-    fn open_for(&self, lease: LeaseId, _owner: Option<&Arc<str>>, slot: SlotIndex) {
-        self.open(lease, slot);
-    }
+    /// Receiver: lets writes under `lease` land in `slot` from now on. A wire whose connections prove keys admits only
+    /// writes of the principal `owner`; `None` means that the lease has no principal.
+    fn open(&self, lease: LeaseId, owner: Option<&Arc<str>>, slot: SlotIndex);
     /// Receiver: lets no new write begin in `slot`. If this process itself writes the received bytes into the
     /// slot (TCP), no byte lands in the slot after the call returns.
     fn close(&self, slot: SlotIndex);

@@ -133,7 +133,7 @@ impl Wires {
 
     pub(crate) fn open(&self, lease: LeaseId, owner: Option<&Arc<str>>, slot: SlotIndex) {
         for transport in &self.transports {
-            transport.open_for(lease, owner, slot);
+            transport.open(lease, owner, slot);
         }
     }
 

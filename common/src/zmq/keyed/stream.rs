@@ -16,6 +16,7 @@ use tokio_rustls::rustls::{self, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::Keyed;
+use crate::host::bare;
 use crate::identity::{self, Auth, Expected, Member, PublicKey};
 use crate::zmq::TCP_TIMEOUT;
 
@@ -74,8 +75,7 @@ pub(super) async fn accept(
 
 /// Connects to an address and completes the handshake. The caller sets the deadline.
 pub(super) async fn dial(host: &str, port: u16, keyed: &Keyed) -> Result<Made, Refused> {
-    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-    let bare = bare.unwrap_or(host);
+    let bare = bare(host);
     let connect = || async {
         let tcp = TcpStream::connect((bare, port)).await;
         let tcp = tcp.map_err(|e| refused("unreached", e.to_string()))?;

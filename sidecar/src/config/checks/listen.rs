@@ -1,11 +1,12 @@
 //! Checks the ports to which senders connect, and the ports that other machines can reach.
 
+use common::host::is_loopback;
 use common::identity::Auth;
 
 use super::{need, value};
 use crate::config::keys::{Lmcache, Sidecar};
 use crate::config::layers::{Inputs, Layers, SPAWNED_VARIABLE, Source};
-use crate::config::value::{HostPort, Role, is_loopback, is_wildcard};
+use crate::config::value::{HostPort, Role, is_wildcard};
 use crate::config::{FetchListen, Listen, RankPorts};
 use crate::transport::Kind;
 use crate::transport::protection::Protection;

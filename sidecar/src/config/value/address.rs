@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use common::host::{bare, is_loopback};
+
 use super::{Value, scalar};
 use crate::config::yaml::Raw;
 
@@ -108,14 +110,6 @@ impl Value for Url {
     }
 }
 
-/// Returns true if only this machine can reach `host`. A name other than `localhost` counts as public.
-pub(crate) fn is_loopback(host: &str) -> bool {
-    host.eq_ignore_ascii_case("localhost")
-        || host
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback())
-}
-
 /// Returns true if `host` means every interface, so that a peer cannot connect to it.
 pub(crate) fn is_wildcard(host: &str) -> bool {
     host == "*"
@@ -133,10 +127,7 @@ fn has_zone(host: &str) -> bool {
 }
 
 fn host(text: &str) -> Result<String, String> {
-    let inner = text
-        .strip_prefix('[')
-        .and_then(|h| h.strip_suffix(']'))
-        .unwrap_or(text);
+    let inner = bare(text);
     if inner.parse::<std::net::IpAddr>().is_ok() || inner == "*" || has_zone(inner) {
         return Ok(inner.to_owned());
     }

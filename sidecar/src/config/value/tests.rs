@@ -1,3 +1,5 @@
+use common::host::is_loopback;
+
 use super::*;
 use crate::transport::table::Choice;
 

@@ -172,7 +172,7 @@ impl Transport for CudaIpc {
         Box::pin(link::connect(Arc::clone(&self.shared), remote))
     }
 
-    fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
+    fn open(&self, _lease: LeaseId, _owner: Option<&Arc<str>>, _slot: SlotIndex) {
         // Copies are one-sided: this process cannot stop a peer from writing. Peers respect the leases,
         // because they follow the protocol.
     }

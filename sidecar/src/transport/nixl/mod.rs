@@ -294,7 +294,7 @@ impl Transport for Nixl {
         Box::pin(link::connect(Arc::clone(&self.shared), remote))
     }
 
-    fn open(&self, _lease: LeaseId, _slot: SlotIndex) {
+    fn open(&self, _lease: LeaseId, _owner: Option<&Arc<str>>, _slot: SlotIndex) {
         // Writes are one-sided: this process cannot stop a peer from writing. Peers observe the leases because
         // they follow the protocol.
     }

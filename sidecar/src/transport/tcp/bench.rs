@@ -29,7 +29,7 @@ fn receiver() {
     let config = keyed(shape[2], shape[3], "r");
     let receiver = tcp("bench-land", slots, slot_bytes, config);
     let owner: Option<Arc<str>> = receiver.config.identity.as_ref().map(|_| "a".into());
-    (0..slots).for_each(|slot| receiver.open_for(LEASE, owner.as_ref(), SlotIndex(slot)));
+    (0..slots).for_each(|slot| receiver.open(LEASE, owner.as_ref(), SlotIndex(slot)));
     println!("\nlistening {}", receiver.address().unwrap());
     std::io::stdout().flush().unwrap();
     std::io::stdin().read_line(&mut String::new()).unwrap();

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
+use common::host::bare;
 use common::identity::{self, Auth, Channel, Expected, Identity, Role};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
@@ -132,17 +133,8 @@ async fn keyed(to: &Greeting<'_>, identity: &Identity) -> Result<Greeted, Failed
         .filter(|protection| *protection >= to.terms.least)
         .ok_or_else(|| Failed::Other("the receiver wants less protection".to_owned()))?;
     let (stream, tls) = stream.into_inner();
-    let seals = match protection {
-        Protection::Plain => None,
-        protection => {
-            let export = |out: &mut [u8], label: &[u8], context: &[u8]| {
-                let exported = tls.export_keying_material(out, label, Some(context));
-                exported.map(|_| ())
-            };
-            let seals = Seals::new(protection, true, export);
-            Some(seals.map_err(|error| Failed::Other(error.to_string()))?)
-        }
-    };
+    let seals = Seals::of_tls(protection, true, &tls);
+    let seals = seals.map_err(|error| Failed::Other(error.to_string()))?;
     Ok((ready(stream, to.terms)?, seals))
 }
 
@@ -182,9 +174,4 @@ fn ready(stream: tokio::net::TcpStream, terms: &Terms) -> Result<TcpStream, Fail
         Ok(socket)
     };
     ready().map_err(|error| Failed::Other(format!("socket settings: {error}")))
-}
-
-fn bare(host: &str) -> &str {
-    let inside = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-    inside.unwrap_or(host)
 }

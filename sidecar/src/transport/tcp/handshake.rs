@@ -129,11 +129,7 @@ impl Waiting {
             Ok(0) if self.got == 0 => return Err(None),
             Ok(0) => return Err(Some(Refusal::Malformed)),
             Ok(n) => self.got += n,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) => {}
+            Err(error) if comes_later(&error) => {}
             Err(_) => return Err(None),
         }
         if !Hello::begins_well(&self.hello[..self.got.min(Hello::BYTES)]) {
@@ -163,16 +159,7 @@ impl Waiting {
         let key = identity::proved(tls.peer_certificates()).ok_or(Refusal::Key)?;
         // The roster may have changed since the handshake began.
         let name = rules.permits(&key).ok_or(Refusal::Key)?;
-        let seals = match protection {
-            Protection::Plain => None,
-            protection => {
-                let export = |out: &mut [u8], label: &[u8], context: &[u8]| {
-                    let exported = tls.export_keying_material(out, label, Some(context));
-                    exported.map(|_| ())
-                };
-                Some(Seals::new(protection, false, export).map_err(|_| None::<Refusal>)?)
-            }
-        };
+        let seals = Seals::of_tls(protection, false, tls).map_err(|_| None::<Refusal>)?;
         let mut answer = Answer::Welcome.encode().to_vec();
         answer.push(protection.code());
         let told = tls.writer().write_all(&answer);
@@ -216,11 +203,7 @@ fn step(tls: &mut ServerConnection, socket: &TcpStream) -> Result<(), Option<Ref
     match tls.read_tls(&mut &*socket) {
         Ok(0) => return Err(None),
         Ok(_) => {}
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-            ) => {}
+        Err(error) if comes_later(&error) => {}
         Err(_) => return Err(None),
     }
     let processed = tls.process_new_packets();
@@ -234,6 +217,12 @@ fn step(tls: &mut ServerConnection, socket: &TcpStream) -> Result<(), Option<Ref
         }));
     }
     flushed.map_err(|_| None)
+}
+
+/// Returns true if a read may find bytes later.
+fn comes_later(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted)
 }
 
 /// Sends what TLS has to send: at most a few KiB, for which the buffer of a fresh connection has room.

@@ -257,11 +257,7 @@ impl Transport for Tcp {
         })
     }
 
-    fn open(&self, lease: LeaseId, slot: SlotIndex) {
-        self.receiving.gates.open(lease, None, slot);
-    }
-
-    fn open_for(&self, lease: LeaseId, owner: Option<&Arc<str>>, slot: SlotIndex) {
+    fn open(&self, lease: LeaseId, owner: Option<&Arc<str>>, slot: SlotIndex) {
         self.receiving.gates.open(lease, owner, slot);
     }
 

@@ -18,6 +18,7 @@ use std::fmt;
 
 use aws_lc_rs::aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Prk};
+use tokio_rustls::rustls::{self, ConnectionCommon};
 
 use crate::transport::protection::Protection;
 
@@ -130,9 +131,25 @@ impl Seal {
 }
 
 impl Seals {
+    /// Makes the two directions of an end from its TLS connection; `None` if the data is plain.
+    pub(super) fn of_tls<D>(
+        protection: Protection,
+        is_sender: bool,
+        tls: &ConnectionCommon<D>,
+    ) -> Result<Option<Self>, rustls::Error> {
+        if protection == Protection::Plain {
+            return Ok(None);
+        }
+        let export = |out: &mut [u8], label: &[u8], context: &[u8]| {
+            let exported = tls.export_keying_material(out, label, Some(context));
+            exported.map(|_| ())
+        };
+        Self::new(protection, is_sender, export).map(Some)
+    }
+
     /// Makes the two directions of an end. `export` fills a secret for a label and a context; both ends of one TLS
     /// connection get the same secret, and nobody else does.
-    pub(super) fn new<E>(
+    fn new<E>(
         protection: Protection,
         is_sender: bool,
         export: impl Fn(&mut [u8], &[u8], &[u8]) -> Result<(), E>,

@@ -20,7 +20,7 @@ fn closing_within_a_write_discards_the_rest_and_nothing_else() {
     receiver.close(SlotIndex(0));
     let frozen = [sum(&receiver, 0, MIB), sum(&receiver, 1, MIB)];
     // The slot is opened again, even to the same lease, but this write was admitted before and must not land.
-    receiver.open(LEASE, SlotIndex(0));
+    receiver.open(LEASE, None, SlotIndex(0));
     raw.say(&vec![2; 2 * MEBI - 600_000]);
     let why = Refusal::Closed;
     assert_eq!(raw.hear(), Some(Answer::Refused { batch: 1, why }));
@@ -117,7 +117,7 @@ fn closer(receiver: &Tcp, leases: &Mutex<Vec<Option<LeaseId>>>) -> Vec<Duration>
             );
             let lease = LeaseId(next);
             next += 1;
-            receiver.open(lease, SlotIndex(slot));
+            receiver.open(lease, None, SlotIndex(slot));
             leases.lock().unwrap()[index] = Some(lease);
         } else {
             // The writers do not know about the close, so their writes race with it.

@@ -149,7 +149,7 @@ async fn a_slow_hello_and_a_slow_write_run_out_of_time() {
     assert!(receiver.events().contains(&("refused_stalled", 2)));
     // The peer's slot can be closed and opened to others as usual.
     receiver.close(SlotIndex(1));
-    receiver.open(LeaseId(2), SlotIndex(1));
+    receiver.open(LeaseId(2), None, SlotIndex(1));
     let outcome = link.write(LeaseId(2), vec![piece(1, 1, MIB)]).await;
     assert_eq!(outcome, Outcome::Done);
 }

@@ -68,7 +68,7 @@ impl Members {
 
 fn open_for(receiver: &Tcp, owner: &str) {
     let owner: Arc<str> = owner.into();
-    (0..4).for_each(|slot| receiver.open_for(LEASE, Some(&owner), SlotIndex(slot)));
+    (0..4).for_each(|slot| receiver.open(LEASE, Some(&owner), SlotIndex(slot)));
 }
 
 #[tokio::test]
@@ -239,8 +239,8 @@ async fn prefer_serves_both_and_mixes_nothing() {
     let receiver = members.tcp("r", Auth::Prefer, Protection::Sealed);
     let plain = tcp("plain", 4, MIB, Config::default());
     plain.receiving.buffer.fill_random(0, 4 * MIB, 5).unwrap();
-    receiver.open(LEASE, SlotIndex(0));
-    receiver.open_for(LeaseId(5), Some(&"a".into()), SlotIndex(1));
+    receiver.open(LEASE, None, SlotIndex(0));
+    receiver.open(LeaseId(5), Some(&"a".into()), SlotIndex(1));
     let link = plain.link(remote(&receiver)).await.unwrap();
     assert_eq!(
         link.write(LEASE, vec![piece(0, 0, MIB)]).await,

@@ -50,7 +50,7 @@ pub(super) fn piece(from: u32, to: u32, bytes: u64) -> Piece {
 
 fn open_all(tcp: &Tcp, lease: LeaseId) {
     let slots = tcp.receiving.gates.current().slots();
-    (0..slots).for_each(|slot| tcp.open(lease, SlotIndex(slot)));
+    (0..slots).for_each(|slot| tcp.open(lease, None, SlotIndex(slot)));
 }
 
 fn sum(tcp: &Tcp, slot: u32, bytes: u64) -> u64 {

@@ -71,7 +71,7 @@ async fn more_pieces_than_a_frame_holds() {
 #[tokio::test]
 async fn a_stranger_with_a_wrong_lease_is_shown_the_door() {
     let (sender, receiver) = pair(2, MIB);
-    receiver.open(LEASE, SlotIndex(0));
+    receiver.open(LEASE, None, SlotIndex(0));
     let link = sender.link(remote(&receiver)).await.unwrap();
     let before = sum(&receiver, 0, MIB);
     let outcome = link.write(LeaseId(1), vec![piece(0, 0, MIB)]).await;
