@@ -19,8 +19,8 @@ PYTEST ?=
 FUZZ_SECONDS ?= 60
 # The Python of a GPU host, with torch and vLLM for CUDA. The env.sh of a bundle sets it.
 GPU_PYTHON ?= $(PYTHON_IN_VENV)
-# The folder of the release binaries. The env.sh of a bundle sets PD_BINARIES.
-RELEASE = $(or $(PD_BINARIES),$(abspath target/release))
+# The folder of the binaries that are measured. The env.sh of a bundle sets PD_BINARIES.
+DIST = $(or $(PD_BINARIES),$(abspath target/dist))
 # Further arguments for tests/gpu/bench.py and scripts/gpu_bundle.py.
 GPU ?=
 # The benchmarks to run, any of pushes, protection, handshakes, engines, ways, proxies, crowd; all if empty.
@@ -35,7 +35,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build dist programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ venv-lmcache: venv ## Make the environment with real LMCache, once
 
 build: ## Build the release binaries: sidecar, pd-proxy and pd-store
 	$(CARGO) build --release --locked --bins
+
+dist: ## Build the programs with link-time optimisation, as the wheel ships them; takes longer
+	$(CARGO) build --profile dist --locked --bins
 
 # The same command as for the unit tests, so that everything is compiled only once: with fewer targets, Cargo would choose
 # other features for the dependencies.
@@ -131,20 +134,19 @@ advisories: venv ## Look the Rust dependencies up in RustSec's database of known
 	$(DENY) advisories
 
 bench: venv venv-lmcache ## Measure this project against its baselines; writes target/bench.json and target/bench.md
-	$(CARGO) build --release --locked --bins --examples
+	$(CARGO) build --profile dist --locked --bins --examples
 	$(PYTHON_IN_VENV) tests/bench/run.py $(BENCH)
 
-contract: venv ## Measure this project beside NixlConnector behind vllm-router; writes target/contract.md
-	$(CARGO) build --release --locked --bins
+contract: venv dist ## Measure this project beside NixlConnector behind vllm-router; writes target/contract.md
 	$(PYTHON_IN_VENV) tests/bench/contract.py
 
 gpu-test: ## Run the tests that need a GPU, PyTorch and vLLM for CUDA, but no network; skipped without a GPU
-	PD_BINARIES=$(RELEASE) $(GPU_PYTHON) -m pytest tests/gpu -v -s $(PYTEST)
+	PD_BINARIES=$(DIST) $(GPU_PYTHON) -m pytest tests/gpu -v -s $(PYTEST)
 
 gpu-bench: ## Measure hand-overs between two GPUs against baselines; writes target/gpu-bench/gpu-bench.{json,md}
-	PD_BINARIES=$(RELEASE) $(GPU_PYTHON) tests/gpu/bench.py $(GPU) || test $$? -eq 77
+	PD_BINARIES=$(DIST) $(GPU_PYTHON) tests/gpu/bench.py $(GPU) || test $$? -eq 77
 
-gpu-bundle: build ## Pack all that a GPU host without a network needs for gpu-test and gpu-bench into target/gpu-bundle
+gpu-bundle: dist ## Pack all that a GPU host without a network needs for gpu-test and gpu-bench into target/gpu-bundle
 	$(PYTHON_IN_VENV) scripts/gpu_bundle.py target/gpu-bundle $(GPU)
 
 fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)

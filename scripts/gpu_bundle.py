@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Packs everything that a GPU host without a network needs for `make gpu-test` and `make gpu-bench`.
 
-    gpu_bundle.py OUT [--only ours] [--vllm 0.24.0] [--nixl 1.5.1] [--lmcache 0.5.1] [--binaries target/release]
+    gpu_bundle.py OUT [--only ours] [--vllm 0.24.0] [--nixl 1.5.1] [--lmcache 0.5.1] [--binaries target/dist]
 
 The host must have Linux on x86_64, Python 3.12 and the packages of `scripts/gpu-host-packages.txt`, above all PyTorch
 for CUDA 13. The script writes parts of at most 58 MB into OUT, for hosts that accept only small files, and `unpack.sh`:
@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--nixl", default="1.5.1", help="version of NIXL")
     parser.add_argument("--lmcache", default="0.5.1", help="version of LMCache")
     parser.add_argument("--moe", action="store_true", help="include the kernels for mixtures of experts")
-    parser.add_argument("--binaries", type=Path, default=ROOT / "target" / "release", help="folder with our programs")
+    parser.add_argument("--binaries", type=Path, default=ROOT / "target" / "dist", help="folder with our programs")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     parts = {"vllm": pack_vllm, "nixl": pack_nixl, "lmcache": pack_lmcache, "ours": pack_ours}

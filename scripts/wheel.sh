@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the wheel that contains everything: the sidecar, pd-proxy, pd-store and the Python package.
 #   wheel.sh DIRECTORY PYTHON [PROGRAMS]
-# PROGRAMS is a folder with programs that are built already. Without it, the script makes the release build.
+# PROGRAMS is a folder with programs that are built already. Without it, the script makes the build of the profile `dist`.
 set -euo pipefail
 
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 log=target/wheel.log
 
 if [ -z "$programs" ]; then
-  cargo build --release --locked --bin sidecar --bin pd-proxy --bin pd-store
-  programs=${CARGO_TARGET_DIR:-target}/release
+  cargo build --profile dist --locked --bin sidecar --bin pd-proxy --bin pd-store
+  programs=${CARGO_TARGET_DIR:-target}/dist
 fi
 mkdir -p target/wheel
 for program in sidecar pd-proxy pd-store; do

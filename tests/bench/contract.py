@@ -23,7 +23,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
-os.environ.setdefault("PD_BINARIES", str(TESTS.parent / "target" / "release"))
+os.environ.setdefault("PD_BINARIES", str(TESTS.parent / "target" / "dist"))
 
 from harness.client import HttpError, complete
 from harness.engine import Engine, EngineOptions, wait_for

@@ -16,7 +16,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
-os.environ.setdefault("PD_BINARIES", str(TESTS.parent / "target" / "release"))
+os.environ.setdefault("PD_BINARIES", str(TESTS.parent / "target" / "dist"))
 
 from harness.process import ended_by_signals
 from harness.progress import Progress

@@ -18,7 +18,8 @@ from harness.process import Part, Process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # The folder of our programs. The tests use the build that the unit tests have compiled already, so that `make test`
-# compiles everything only once. Demo, benchmarks and GPU tests set PD_BINARIES to the folder of the release build.
+# compiles everything only once. The demo sets PD_BINARIES to the folder of the release build, benchmarks and GPU
+# tests to the one of the profile `dist`.
 _TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 BINARIES = Path(os.environ.get("PD_BINARIES") or _TARGET / "debug")
 
