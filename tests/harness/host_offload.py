@@ -1,10 +1,10 @@
 """Makes vLLM's CPU offloading work on vLLM's CPU build, where the engine's KV is also in host memory.
 
 This module replaces only the worker, because vLLM's own worker copies with CUDA streams and does not start without a
-GPU. The OffloadingConnector, the scheduler and the manager are vLLM's. To use the module, set in the connector's
-configuration:
+GPU. The OffloadingConnector, the scheduler, the manager and the tiers are vLLM's. To use the module, set in the
+connector's configuration:
 
-    "spec_name": "HostOffloadingSpec", "spec_module_path": "harness.host_offload"
+    "spec_name": "HostTieringSpec", "spec_module_path": "harness.host_offload"
 """
 
 from __future__ import annotations
@@ -14,24 +14,33 @@ from typing import Any
 
 import torch
 from vllm.v1.kv_offload.base import CanonicalKVCaches, OffloadingWorker, TransferResult
-from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
-class HostOffloadingSpec(CPUOffloadingSpec):  # type: ignore[misc]
-    """Keeps offloaded blocks in a second region of host memory."""
+class HostTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
+    """Keeps offloaded blocks in a second region of host memory, which the scheduler's process maps for the tiers."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self.blocks_per_chunk != 1:
             raise ValueError(f"a chunk has {self.blocks_per_chunk} blocks; this worker supports 1 block per chunk")
-        return HostWorker(kv_caches, self.num_chunks)
+        region = SharedOffloadRegion(
+            engine_id=self._engine_id,
+            num_chunks=self.num_chunks,
+            rank=self.config.parallel.rank,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+        )
+        return HostWorker(kv_caches, region)
 
 
 class HostWorker(OffloadingWorker):  # type: ignore[misc]
     """Copies blocks inside the call that submits them."""
 
-    def __init__(self, kv_caches: CanonicalKVCaches, chunks: int) -> None:
+    def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion) -> None:
         self._pages = [cache.tensor.view(torch.int8) for cache in kv_caches.tensors]
-        self._kept = [torch.zeros((chunks, pages.shape[1]), dtype=torch.int8) for pages in self._pages]
+        self._kept = [region.create_next_worker_view(pages.shape[1]) for pages in self._pages]
+        self._region = region
         self._done: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
