@@ -44,7 +44,7 @@ class StoreError(OSError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """How long the client waits."""
+    """The bounds of waiting for a store."""
 
     timeout_s: float = 2.0
     """Seconds for a connection, and for the answers of a call without values."""
