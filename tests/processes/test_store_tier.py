@@ -57,10 +57,10 @@ class Side:
 
     ids = itertools.count()
 
-    def __init__(self, store: Store, of: TieringOffloadingSpec | None = None, **options: Any) -> None:
+    def __init__(self, *stores: Store, of: TieringOffloadingSpec | None = None, **options: Any) -> None:
         self.memory: Any = np.zeros((CHUNKS, CHUNK), dtype=np.int8)
-        url = f"lm://127.0.0.1:{store.port}"
-        self.tier = StoreTier(of or spec(), self.memory.data, "StoreTier", url, timeout_s=TIMEOUT_S, **options)
+        urls = [f"lm://127.0.0.1:{store.port}" for store in stores]
+        self.tier = StoreTier(of or spec(), self.memory.data, "StoreTier", urls, timeout_s=TIMEOUT_S, **options)
 
     def store(self, chunks: range) -> JobResult:
         job = TransferJob(next(self.ids), keys(chunks), np.array(chunks), False, ReqContext("put"))
@@ -135,7 +135,7 @@ def test_what_one_engine_puts_another_loads(store: Store, sides: tuple[Side, Sid
 @pytest.mark.parametrize("other", [{"name": "other"}, {"dtype": "fp8"}, {"layers": 3}, {"namespace": "v2"}], ids=str)
 def test_kv_of_another_model_is_not_found(store: Store, sides: tuple[Side, Side], other: dict[str, Any]) -> None:
     sides[0].store(range(4))
-    stranger = Side(store, **other) if "namespace" in other else Side(store, spec(**other))
+    stranger = Side(store, **other) if "namespace" in other else Side(store, of=spec(**other))
     try:
         assert stranger.lookup(range(4), "a") == [False] * 4
     finally:
@@ -193,3 +193,28 @@ def test_kv_that_may_not_wait_is_not_put(store: Store) -> None:
         assert store.metrics().sum("pd_store_put_bytes") == 4 * CHUNK
     finally:
         side.tier.shutdown()
+
+
+def test_several_stores_and_one_of_them_ends(store: Store, logs: Path) -> None:
+    second = Store(logs, "--memory", "256MiB")
+    second.start()
+    # Each engine may name the stores in another order.
+    one, other = Side(store, second), Side(second, store)
+    try:
+        one.memory[:] = np.random.default_rng(2).integers(-128, 127, one.memory.shape, dtype=np.int8)
+        assert one.store(range(100)).success
+        shares = [each.metrics().sum("pd_store_put_bytes") // CHUNK for each in (store, second)]
+        assert sum(shares) == 100 and min(shares) > 25, shares
+        assert other.lookup(range(100), "a") == [True] * 100
+        assert other.load(range(100)).success
+        assert np.array_equal(other.memory[:100], one.memory[:100])
+
+        second.stop()
+        found = other.lookup(range(100), "b")
+        assert found.count(True) == shares[0]
+        got = other.load(range(100))
+        assert not got.success and len(got.successful_keys or ()) == shares[0]
+    finally:
+        for side in (one, other):
+            side.tier.shutdown()
+        second.stop()

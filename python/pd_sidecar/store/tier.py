@@ -34,10 +34,11 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 
-from pd_sidecar.store.client import Bounds, StoreClient, StoreError, address_of
+from pd_sidecar.store.client import Bounds, StoreError
+from pd_sidecar.store.shards import Stores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from vllm.v1.kv_offload.base import OffloadKey, ReqContext
     from vllm.v1.kv_offload.tiering.base import TransferJob
@@ -65,7 +66,7 @@ class StoreTier(SecondaryTierManager):
         offloading_spec: Any,
         primary_kv_view: memoryview,
         tier_type: str,
-        url: str,
+        url: str | list[str],
         namespace: str = "",
         timeout_s: float = 2.0,
         readers: int = 4,
@@ -74,7 +75,7 @@ class StoreTier(SecondaryTierManager):
         locality: str | None = "REMOTE",
         backpressure_detector: Any = None,
     ) -> None:
-        """`url` names the store.
+        """`url` names the store, or a list of stores between which the chunks are divided.
 
         Engines with another `namespace` do not find each other's KV; set it to the revision of the weights if the
         model's name stays equal. A store that does not answer for `timeout_s` seconds counts as away. `readers` and
@@ -82,8 +83,7 @@ class StoreTier(SecondaryTierManager):
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality(locality) if locality else None
-        address_of(url)
-        self._client = StoreClient(url, Bounds(timeout_s=timeout_s))
+        self._stores = Stores([url] if isinstance(url, str) else url, Bounds(timeout_s=timeout_s))
         self._bytes = primary_kv_view.cast("B")
         self._prefix = prefix_of(offloading_spec, self.block_size_bytes, namespace)
         self._pending_bytes = pending_bytes
@@ -91,7 +91,7 @@ class StoreTier(SecondaryTierManager):
         self._jobs: dict[int, _Job] = {}
         self._refused: list[JobResult] = []
         self._pool = DualQueueThreadPool(readers, writers, thread_name_prefix="pd_store")
-        self._lookups = _Lookups(self._client, self._key, tier_type)
+        self._lookups = _Lookups(self._stores, self._key, tier_type)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
@@ -141,7 +141,7 @@ class StoreTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         # First the connections, so that no thread waits for a store that is away.
-        self._client.close()
+        self._stores.close()
         self._lookups.shutdown()
         self._pool.shutdown(wait=True)
 
@@ -156,15 +156,16 @@ class StoreTier(SecondaryTierManager):
 
     def _store(self, job: _Job, values: Sequence[tuple[bytes, memoryview]]) -> None:
         """Puts the chunks that the store does not have. Runs in a thread."""
-        there = self._client.exists([name for name, _ in values])
+        there = self._stores.exists([name for name, _ in values])
         missing = [at for at, found in enumerate(there) if not found]
-        if missing:
-            self._client.put([values[at] for at in missing])
-        job.done = [job.keys[at] for at in missing]
+        put = self._stores.put([values[at] for at in missing])
+        job.done = [job.keys[at] for at, done in zip(missing, put, strict=True) if done]
+        if not all(put):
+            raise StoreError(f"{put.count(False)} of {len(put)} chunks were not put")
 
     def _load(self, job: _Job, values: Sequence[tuple[bytes, memoryview]]) -> None:
         """Gets the chunks. Runs in a thread."""
-        found = self._client.get(values)
+        found = self._stores.get(values)
         job.done = [key for key, there in zip(job.keys, found, strict=True) if there]
         if not all(found):
             raise StoreError(f"{found.count(False)} of {len(found)} chunks are no longer in the store")
@@ -177,17 +178,13 @@ class StoreTier(SecondaryTierManager):
 class _Lookups(AsyncLookupManager):
     """Asks the store which chunks it has: the chunks of a request in one message, in a thread."""
 
-    def __init__(self, client: StoreClient, key: Any, tier_type: str) -> None:
+    def __init__(self, stores: Stores, key: Callable[[OffloadKey], bytes], tier_type: str) -> None:
         super().__init__(tier_type=tier_type)
-        self._client = client
+        self._stores = stores
         self._key = key
 
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
-        try:
-            return self._client.exists([self._key(key) for key in keys])
-        except StoreError:
-            # The client has said it once. Each request is then computed.
-            return [False] * len(keys)
+        return self._stores.exists([self._key(key) for key in keys])
 
 
 def prefix_of(spec: Any, chunk_bytes: int, namespace: str) -> str:
