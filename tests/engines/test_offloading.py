@@ -105,7 +105,7 @@ def engine_with_both(role: str, model: Path, folder: Path, store: Store) -> Both
                 "cpu_bytes_to_use": 1 << 28, "offload_prompt_only": False,
                 "secondary_tiers": [{
                     "type": "StoreTier", "module_path": "pd_sidecar.store.tier",
-                    "url": f"lm://127.0.0.1:{store.port}", "timeout_s": STORE_TIMEOUT_S,
+                    "url": f"lm://127.0.0.1:{store.port}", "timeout_s": STORE_TIMEOUT_S, "load": "always",
                 }],
             },
         },

@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
+import socketserver
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +31,7 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from pd_sidecar.store.tier import StoreTier
+from pd_sidecar.store.tier import COMPUTE_S, DECLINED, LOAD_S, StoreTier
 
 CHUNK = 1 << 16
 CHUNKS = 200
@@ -52,18 +55,49 @@ def spec(name: str = "m", dtype: str = "bfloat16", layers: int = 2) -> TieringOf
     return TieringOffloadingSpec(config)
 
 
+class SlowWire:
+    """A TCP relay in front of a store, which can delay what the store sends."""
+
+    def __init__(self, store: Store) -> None:
+        self.delay_s = 0.0
+        relay = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with socket.create_connection(("127.0.0.1", store.port)) as to:
+                    back = threading.Thread(target=relay.forward, args=(to, self.request, True))
+                    back.start()
+                    relay.forward(self.request, to, False)
+                    back.join()
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def forward(self, source: socket.socket, sink: socket.socket, delayed: bool) -> None:
+        while data := source.recv(CHUNK):
+            time.sleep(self.delay_s if delayed else 0.0)
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
 class Side:
     """The host memory of one engine, with the tier."""
 
     ids = itertools.count()
 
-    def __init__(self, *stores: Store, of: TieringOffloadingSpec | None = None, **options: Any) -> None:
+    def __init__(self, *stores: Store | SlowWire, of: TieringOffloadingSpec | None = None, **options: Any) -> None:
         self.memory: Any = np.zeros((CHUNKS, CHUNK), dtype=np.int8)
         urls = [f"lm://127.0.0.1:{store.port}" for store in stores]
-        self.tier = StoreTier(of or spec(), self.memory.data, "StoreTier", urls, timeout_s=TIMEOUT_S, **options)
+        self.tier = StoreTier(of or spec(), self.memory.data, "StoreTier", urls, **{"timeout_s": TIMEOUT_S, **options})
 
-    def store(self, chunks: range) -> JobResult:
-        job = TransferJob(next(self.ids), keys(chunks), np.array(chunks), False, ReqContext("put"))
+    def store(self, chunks: range, request: str = "put") -> JobResult:
+        job = TransferJob(next(self.ids), keys(chunks), np.array(chunks), False, ReqContext(request))
         self.tier.submit_store(job)
         return self.end_of(job)
 
@@ -218,3 +252,31 @@ def test_several_stores_and_one_of_them_ends(store: Store, logs: Path) -> None:
         for side in (one, other):
             side.tier.shutdown()
         second.stop()
+
+
+def test_a_store_slower_than_the_engine_is_not_loaded_from(store: Store) -> None:
+    wire = SlowWire(store)
+    side = Side(wire, timeout_s=BOUND_S)
+    try:
+        # The engine computes a chunk in 20 ms.
+        for at in range(8):
+            side.tier.on_schedule_end(ScheduleEndContext([f"put-{at}"], []))
+            time.sleep(0.02)
+            assert side.store(range(at, at + 1), f"put-{at}").success
+        assert side.load(range(8)).success
+        assert side.lookup(range(8), "fast") == [True] * 8
+        stats = side.tier.get_stats()
+        assert stats is not None and DECLINED not in stats.reduce()
+
+        wire.delay_s = 0.2
+        # The median of the last loads decides.
+        assert all(side.load(range(1)).success for _ in range(2))
+        assert side.lookup(range(8), "slow") == [False] * 8
+        stats = side.tier.get_stats()
+        assert stats is not None
+        told = stats.reduce()
+        assert told[DECLINED] == 1 and told[LOAD_S] > told[COMPUTE_S] >= 0.02, told
+    finally:
+        wire.delay_s = 0.0
+        side.tier.shutdown()
+        wire.stop()

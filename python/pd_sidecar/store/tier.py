@@ -15,16 +15,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
     Medium,
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
     RequestOffloadingContext,
     get_offload_block_hash,
     get_offload_group_idx,
@@ -36,12 +40,17 @@ from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 
 from pd_sidecar.store.client import Bounds, StoreError
 from pd_sidecar.store.shards import Stores
+from pd_sidecar.store.worth import Worth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vllm.v1.kv_offload.base import OffloadKey, ReqContext
     from vllm.v1.kv_offload.tiering.base import TransferJob
+
+DECLINED = "vllm:pd_sidecar_store_requests_computed"
+LOAD_S = "vllm:pd_sidecar_store_chunk_load_seconds"
+COMPUTE_S = "vllm:pd_sidecar_store_chunk_compute_seconds"
 
 # A change of the form of keys or values needs another number.
 _FORM = "pd1"
@@ -54,6 +63,7 @@ class _Job:
     keys: list[OffloadKey]
     is_load: bool
     done: list[OffloadKey]
+    begun: float
 
 
 class StoreTier(SecondaryTierManager):
@@ -72,6 +82,7 @@ class StoreTier(SecondaryTierManager):
         readers: int = 4,
         writers: int = 2,
         pending_bytes: int = 1 << 30,
+        load: str = "auto",
         locality: str | None = "REMOTE",
         backpressure_detector: Any = None,
     ) -> None:
@@ -80,6 +91,7 @@ class StoreTier(SecondaryTierManager):
         Engines with another `namespace` do not find each other's KV; set it to the revision of the weights if the
         model's name stays equal. A store that does not answer for `timeout_s` seconds counts as away. `readers` and
         `writers` are numbers of threads. KV above `pending_bytes` that waits to be put is not put.
+        With `load: always` KV is loaded even if it would be computed faster (`worth.py`).
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.locality = Locality(locality) if locality else None
@@ -87,6 +99,9 @@ class StoreTier(SecondaryTierManager):
         self._bytes = primary_kv_view.cast("B")
         self._prefix = prefix_of(offloading_spec, self.block_size_bytes, namespace)
         self._pending_bytes = pending_bytes
+        if load not in ("auto", "always"):
+            raise ValueError(f"load: {load!r} is neither auto nor always")
+        self._worth = Worth() if load == "auto" else None
         self._pending = 0
         self._jobs: dict[int, _Job] = {}
         self._refused: list[JobResult] = []
@@ -98,17 +113,26 @@ class StoreTier(SecondaryTierManager):
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         self._lookups.cleanup(req_context.req_id)
+        if self._worth is not None:
+            self._worth.ended(req_context.req_id)
 
     def on_schedule_end(self, context: Any) -> None:
         self._lookups.flush()
+        if self._worth is not None:
+            for request in context.new_req_ids:
+                self._worth.begins(request)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        if self._worth is not None and not self._worth.loads(req_context.req_id):
+            return LookupResult.MISS
         found = self._lookups.lookup(key, req_context)
         if found is None:
             return LookupResult.RETRY
         return LookupResult.HIT if found else LookupResult.MISS
 
     def submit_store(self, job_metadata: TransferJob) -> None:
+        if self._worth is not None:
+            self._worth.computed(job_metadata.req_context.req_id, len(job_metadata.keys))
         size = len(job_metadata.keys) * self.block_size_bytes
         # A slow store must not hold vLLM's host memory: a chunk that waits to be put cannot be replaced.
         if self._pending + size > self._pending_bytes:
@@ -127,6 +151,8 @@ class StoreTier(SecondaryTierManager):
         yield from refused
         for job_id, success, seconds in self._pool.get_finished():
             job = self._jobs.pop(job_id)
+            if job.is_load and self._worth is not None:
+                self._worth.loaded(len(job.keys), time.monotonic() - job.begun)
             if not job.is_load:
                 self._pending -= len(job.keys) * self.block_size_bytes
             elif not success:
@@ -135,6 +161,27 @@ class StoreTier(SecondaryTierManager):
             loaded = tuple(job.done) if job.is_load and not success else None
             moved = len(job.done) * self.block_size_bytes
             yield JobResult(job_id, success, loaded, transfer_time=seconds, transfer_bytes=moved)
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            DECLINED: OffloadingCounterMetadata(
+                documentation="Requests that did not ask the store, because their KV is computed faster than loaded."
+            ),
+            LOAD_S: OffloadingGaugeMetadata(documentation="Seconds to load a chunk: median of the last loads."),
+            COMPUTE_S: OffloadingGaugeMetadata(documentation="Seconds to compute a chunk: median of the last prompts."),
+        }
+
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        if self._worth is None:
+            return None
+        stats = OffloadingConnectorStats()
+        for name, value in ((LOAD_S, self._worth.load_s), (COMPUTE_S, self._worth.compute_s)):
+            if value is not None:
+                stats.set_gauge(name, value)
+        if declined := self._worth.take_declined():
+            stats.increase_counter(DECLINED, declined)
+        return stats
 
     def drain_jobs(self) -> None:
         self._pool.wait_idle()
@@ -147,7 +194,7 @@ class StoreTier(SecondaryTierManager):
 
     def _begin(self, job: TransferJob, is_load: bool) -> tuple[_Job, list[tuple[bytes, memoryview]]]:
         """Notes a job, and returns it with the store's key and the memory of each chunk."""
-        noted = self._jobs[job.job_id] = _Job(list(job.keys), is_load, [])
+        noted = self._jobs[job.job_id] = _Job(list(job.keys), is_load, [], time.monotonic())
         size = self.block_size_bytes
         places = [int(chunk) * size for chunk in job.chunk_ids]
         return noted, [
