@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         }
     };
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(log))
+        .with_env_filter(EnvFilter::new(format!("{QUIET},{log}")))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
@@ -50,6 +50,9 @@ fn main() -> ExitCode {
     }
 }
 
+/// The cache's library logs how it builds itself, in words that sound like faults. A later directive for the same target
+/// wins, so the user can still ask for these lines.
+const QUIET: &str = "foyer=warn,foyer_memory=warn,foyer_storage=warn";
 /// The exit code of a wrong command line, as in `sysexits.h`.
 const USAGE: u8 = 64;
 /// The exit code if a port or a folder is not available.

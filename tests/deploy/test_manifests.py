@@ -14,7 +14,7 @@ from harness.sidecar import ROOT
 from rendered import FOLDERS, KUBERNETES, Manifest, Pod, config_files, environment, manifests, pod, pods
 
 # The oldest version in which all fields of the manifests exist, for each folder.
-VERSIONS = {"overlays/tcp": "1.34"}
+VERSIONS = {"overlays/tcp": "1.34", "overlays/store": "1.34"}
 OLDEST = "1.30"
 SCHEMAS = Path(__file__).parent / "schemas"
 
