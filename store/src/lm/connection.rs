@@ -8,7 +8,7 @@ use bytes::{Buf, Bytes};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +17,7 @@ use crate::metrics::{Metrics, Operation, Outcome};
 
 use super::bounds::Bounds;
 use super::header::{Command, HeadError, REQUEST_BYTES, Request, Response};
+use super::shares::Share;
 
 /// The state that all connections share.
 #[derive(Clone, Debug)]
@@ -48,14 +49,19 @@ pub(super) enum End {
 }
 
 /// Serves the requests of one client. A request that has begun is served even if `stop` is cancelled.
-pub(super) async fn serve(mut stream: TcpStream, shared: &Shared, stop: &CancellationToken) -> End {
+pub(super) async fn serve(
+    mut stream: TcpStream,
+    shared: &Shared,
+    share: &Share,
+    stop: &CancellationToken,
+) -> End {
     loop {
         let head = match head(&mut stream, stop).await {
             Ok(head) => head,
             Err(end) => return end,
         };
         let served = match Request::read(&head) {
-            Ok(request) => shared.answer(&mut stream, request).await,
+            Ok(request) => shared.answer(share, &mut stream, request).await,
             Err(error) => Err(error.into()),
         };
         if let Err(end) = served {
@@ -83,12 +89,17 @@ async fn head(
 }
 
 impl Shared {
-    async fn answer(&self, stream: &mut TcpStream, request: Request) -> Result<(), End> {
+    async fn answer(
+        &self,
+        share: &Share,
+        stream: &mut TcpStream,
+        request: Request,
+    ) -> Result<(), End> {
         match request.command {
-            Command::Put => self.put(stream, request).await,
-            Command::Get => self.get(stream, request).await,
+            Command::Put => self.put(share, stream, request).await,
+            Command::Get => self.get(share, stream, request).await,
             Command::Exist => {
-                let found = self.find(Operation::Exist, &request).await.is_some();
+                let found = self.find(share, Operation::Exist, &request).await.is_some();
                 self.respond(stream, Response::without_value(found), Bytes::new())
                     .await
             }
@@ -107,13 +118,18 @@ impl Shared {
 
     /// Receives a value. The protocol has no response to a PUT, so a value that is too large is read and dropped: the
     /// next request begins behind it.
-    async fn put(&self, stream: &mut TcpStream, request: Request) -> Result<(), End> {
+    async fn put(
+        &self,
+        share: &Share,
+        stream: &mut TcpStream,
+        request: Request,
+    ) -> Result<(), End> {
         let bound = self.bound(request.length);
         if request.length > self.bounds.max_value || request.key.is_empty() {
             self.metrics.count(Operation::Put, Outcome::Refused);
             return skip(stream, request.length, bound).await;
         }
-        let room = self.room(request.length).await?;
+        let room = self.room(share, request.length).await?;
         let mut body = vec![0; request.length];
         within("a value", bound, stream.read_exact(&mut body)).await?;
         self.cache.put(request.key, request.about, body.into());
@@ -123,8 +139,13 @@ impl Shared {
         Ok(())
     }
 
-    async fn get(&self, stream: &mut TcpStream, request: Request) -> Result<(), End> {
-        let Some((found, lookup)) = self.find(Operation::Get, &request).await else {
+    async fn get(
+        &self,
+        share: &Share,
+        stream: &mut TcpStream,
+        request: Request,
+    ) -> Result<(), End> {
+        let Some((found, lookup)) = self.find(share, Operation::Get, &request).await else {
             return self
                 .respond(stream, Response::without_value(false), Bytes::new())
                 .await;
@@ -132,7 +153,7 @@ impl Shared {
         let entry = found.entry();
         // The look-up ends only when there is room for its value. Otherwise each connection could hold a value outside of
         // both limits while it waits.
-        let room = self.room(entry.body.len()).await?;
+        let room = self.room(share, entry.body.len()).await?;
         drop(lookup);
         let response = Response {
             ok: true,
@@ -145,13 +166,18 @@ impl Shared {
         Ok(())
     }
 
-    async fn find(
-        &self,
+    async fn find<'a>(
+        &'a self,
+        share: &'a Share,
         operation: Operation,
         request: &Request,
-    ) -> Option<(Found, SemaphorePermit<'_>)> {
-        // The semaphore is never closed.
-        let lookup = self.lookups.acquire().await.ok()?;
+    ) -> Option<(Found, [SemaphorePermit<'a>; 2])> {
+        // The semaphores are never closed. The host's own comes first, so that a host beyond its share does not wait in
+        // front of other hosts.
+        let lookup = [
+            share.lookups.acquire().await.ok()?,
+            self.lookups.acquire().await.ok()?,
+        ];
         let found = self.cache.get(&request.key).await;
         let outcome = match &found {
             Ok(found) if found.from_disk => Outcome::HitOnDisk,
@@ -178,11 +204,15 @@ impl Shared {
     }
 
     /// Waits for room for a value in flight.
-    async fn room(&self, bytes: usize) -> Result<Room<'_>, End> {
+    async fn room<'a>(&'a self, share: &'a Share, bytes: usize) -> Result<Room<'a>, End> {
         let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX);
-        let acquired = timeout(ROOM_TIMEOUT, self.in_flight.acquire_many(units)).await;
-        match acquired {
-            Ok(Ok(permit)) => Ok(Room::new(permit, &self.metrics.in_flight, bytes)),
+        // The host's own room comes first, so that a host beyond its share does not wait in front of other hosts.
+        let acquired = timeout(ROOM_TIMEOUT, async {
+            let of_host = share.room.acquire_many(units).await?;
+            Ok::<_, AcquireError>([of_host, self.in_flight.acquire_many(units).await?])
+        });
+        match acquired.await {
+            Ok(Ok(permits)) => Ok(Room::new(permits, &self.metrics.in_flight, bytes)),
             _ => Err(End::Slow("room for a value in flight", ROOM_TIMEOUT)),
         }
     }
@@ -195,17 +225,17 @@ impl Shared {
 
 /// Room for a value in flight. The room is free again when this is dropped.
 struct Room<'a> {
-    _permit: SemaphorePermit<'a>,
+    _permits: [SemaphorePermit<'a>; 2],
     gauge: &'a Gauge,
     bytes: i64,
 }
 
 impl<'a> Room<'a> {
-    fn new(permit: SemaphorePermit<'a>, gauge: &'a Gauge, bytes: usize) -> Self {
+    fn new(permits: [SemaphorePermit<'a>; 2], gauge: &'a Gauge, bytes: usize) -> Self {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         gauge.inc_by(bytes);
         Self {
-            _permit: permit,
+            _permits: permits,
             gauge,
             bytes,
         }

@@ -4,6 +4,7 @@ mod bounds;
 mod connection;
 mod header;
 mod server;
+mod shares;
 
 pub use self::bounds::Bounds;
 pub use self::header::{Command, REQUEST_BYTES, RESPONSE_BYTES, Request, Response};

@@ -16,6 +16,7 @@ use crate::metrics::{Closed, Metrics};
 
 use super::bounds::Bounds;
 use super::connection::{End, Shared, UNIT_BYTES, serve};
+use super::shares::{Share, Shares};
 
 /// The port of the `lm://` protocol.
 #[derive(Debug)]
@@ -23,6 +24,7 @@ pub struct Server {
     listener: TcpListener,
     local: SocketAddr,
     shared: Shared,
+    shares: Arc<Shares>,
 }
 
 impl Server {
@@ -51,6 +53,7 @@ impl Server {
             listener,
             local,
             shared,
+            shares: Arc::new(Shares::new(units, LOOKUPS)),
         })
     }
 
@@ -62,7 +65,10 @@ impl Server {
     /// Serves until `stop` is cancelled. Requests that have begun then have `grace` to end.
     pub async fn run(self, stop: CancellationToken, grace: Duration) {
         let Self {
-            listener, shared, ..
+            listener,
+            shared,
+            shares,
+            ..
         } = self;
         let limits = Limits {
             connections: shared.bounds.connections,
@@ -88,7 +94,8 @@ impl Server {
                 );
                 return None;
             }
-            Some(run_one(stream, peer, shared.clone(), ending.clone()))
+            let share = shares.of(peer.ip());
+            Some(run_one(stream, peer, shared.clone(), share, ending.clone()))
         })
         .await;
     }
@@ -104,12 +111,18 @@ impl Shared {
     }
 }
 
-async fn run_one(stream: TcpStream, peer: SocketAddr, shared: Shared, stop: CancellationToken) {
+async fn run_one(
+    stream: TcpStream,
+    peer: SocketAddr,
+    shared: Shared,
+    share: Arc<Share>,
+    stop: CancellationToken,
+) {
     // A head of 36 bytes must not wait for the answer of the network.
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%peer, %error, "cannot set TCP_NODELAY");
     }
-    let end = serve(stream, &shared, &stop).await;
+    let end = serve(stream, &shared, &share, &stop).await;
     let reason = match &end {
         End::Closed => return,
         End::Io(_) => Closed::Lost,

@@ -8,7 +8,7 @@ use store::cache::{Cache, Disk, Sizes};
 use store::lm::{Bounds, RESPONSE_BYTES, Server};
 use store::metrics::{Metrics, text};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -69,6 +69,13 @@ impl Running {
 
     pub(crate) async fn connect(&self) -> Client {
         Client(TcpStream::connect(self.address).await.unwrap())
+    }
+
+    /// Connects from another loopback address, which counts as another host.
+    pub(crate) async fn connect_from(&self, address: [u8; 4]) -> Client {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from((address, 0))).unwrap();
+        Client(socket.connect(self.address).await.unwrap())
     }
 
     /// Returns the value of a metric's line, such as `pd_store_requests_total{operation="get",outcome="hit"}`.
