@@ -10,7 +10,7 @@ use protocol::keys::Key;
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{CancelNotif, Init, Query, ToReceiver, ToSender};
 use protocol::receiver::{self, Receiver, Route, SenderId};
-use protocol::registration::ToProxy;
+use protocol::registration::{FromProxy, ToProxy};
 use protocol::sender::{self, Sender};
 use protocol::{EngineId, Epoch, Layout, LeaseId, Time, TransferId, dlist, metadata};
 use serde::Serialize;
@@ -26,12 +26,13 @@ pub(crate) fn alloc(data: &[u8]) {
     round_trip::<ToSender>(data);
 }
 
-/// Decodes messages of the registration, query and fetch ports.
+/// Decodes messages of the registration, query and fetch ports, in both directions.
 pub(crate) fn registration(data: &[u8]) {
     round_trip::<Query>(data);
     round_trip::<ToKeeper>(data);
     round_trip::<ToFetcher>(data);
     round_trip::<ToProxy>(data);
+    round_trip::<FromProxy>(data);
 }
 
 /// Decodes messages of the local socket, in both directions.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::keep::{ToFetcher, ToKeeper};
 use crate::local::{ToEngine, ToSidecar};
 use crate::message::{Init, Query, ToReceiver, ToSender};
-use crate::registration::ToProxy;
+use crate::registration::{FromProxy, ToProxy};
 
 mod read;
 mod scan;
@@ -107,6 +107,7 @@ messages! {
     ToReceiver { AllocRequest, CancelNotif, Writing, Written, Extend }
     ToSender { AllocResponse, More, Ack, Unwanted }
     ToProxy { Register, Leave, Progress, ProxyNotif }
+    FromProxy { Registered, Peers }
     ToSidecar { Hello, Reserve, Keep, Computing, Staged, Cancel, Expect, Await, Release, Abort, Drain }
     ToEngine { Welcome, Refused, Granted, Ready, Ended, Drained }
 }

@@ -16,7 +16,9 @@ use crate::message::{
     Init, More, NixlInitRequest, NixlInitResponse, NixlMemRegRequest, NixlMemRegResponse, Pages,
     Slots, ToReceiver, ToSender, Unwanted, Written,
 };
-use crate::registration::{NotifX, Progress, ProxyNotif, Register, ToProxy};
+use crate::registration::{
+    FromProxy, NotifX, Peers, Progress, ProxyNotif, Register, Registered, ToProxy,
+};
 
 /// Defines `example` for each message type: the function decodes the type's fixture.
 macro_rules! examples {
@@ -65,6 +67,8 @@ examples! {
     "drain": ToSidecar::Drain(Drain),
     "drained": ToEngine::Drained(Drained),
     "register": ToProxy::Register(Register),
+    "registered": FromProxy::Registered(Registered),
+    "peers": FromProxy::Peers(Peers),
     "progress": ToProxy::Progress(Progress),
     "proxy_notif": ToProxy::ProxyNotif(ProxyNotif),
 }

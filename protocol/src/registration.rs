@@ -1,11 +1,14 @@
-//! Messages that sidecars PUSH to the proxy's registration port. The proxy sends no messages back on this
-//! port. The proxy acknowledges a registration by an HTTP call-back to the sidecar's admin port.
+//! Messages that sidecars send to the proxy's registration port, and the proxy's answers.
+//!
+//! Without keys the sidecar has a PUSH socket, on which no answer can come, and the proxy acknowledges a registration by
+//! an HTTP call-back to the sidecar's admin port. With keys the sidecar has a DEALER socket, and the proxy also says
+//! what it knows.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Epoch, Layout, Reason, RequestId};
 
-/// Messages on the proxy's registration port (PUSH → PULL).
+/// Messages on the proxy's registration port (PUSH → PULL, with keys DEALER → ROUTER).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 #[expect(
@@ -23,6 +26,17 @@ pub enum ToProxy {
     /// Says that the KV of this request is written, or will not be written. This is LMCache's
     /// message.
     ProxyNotif(ProxyNotif),
+}
+
+/// Messages of the proxy to a sidecar that has proved a key (ROUTER → DEALER).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type")]
+pub enum FromProxy {
+    /// Answers each `Register`. The proxy sends the message again when a call-back has changed the answer.
+    Registered(Registered),
+    /// Names the senders and receivers of the proxy's roster: after the first `Register`, and when the
+    /// roster changes. A long list has several parts.
+    Peers(Peers),
 }
 
 /// Kinds of legs that an instance serves.
@@ -89,6 +103,55 @@ pub struct Register {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
 fn is_zero(number: &u32) -> bool {
     *number == 0
+}
+
+/// Fields of `Registered`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Registered {
+    /// Protocol version of the message's sender.
+    pub v: u32,
+    /// Name of the sidecar, as in its `Register`.
+    pub id: String,
+    /// Epoch of the sidecar, as in its `Register`.
+    pub epoch: Epoch,
+    /// True if the proxy knows the instance, and a call-back has confirmed it in the last 15 s.
+    pub confirmed: bool,
+    /// Reason why the proxy refuses the registration, or why its last call-back failed; at most 512
+    /// characters. Absent: there is no failure.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub trouble: String,
+}
+
+/// Fields of `Peers`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Peers {
+    /// Protocol version of the message's sender.
+    pub v: u32,
+    /// Random number of the list, the same in all its parts.
+    pub list: u64,
+    /// Index of this part.
+    pub part: u32,
+    /// Number of parts.
+    pub parts: u32,
+    /// The peers of this part.
+    pub peers: Vec<Peer>,
+}
+
+/// One element of [`Peers::peers`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Public key, as the roster shows it.
+    pub key: String,
+    /// Name in the roster.
+    pub name: String,
+    /// The roles: `sender`, `receiver`.
+    pub roles: Vec<String>,
+    /// Addresses and names of the process's hosts. Absent: any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<String>,
+    /// True if several processes use the key. Absent: one process.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replicas: bool,
 }
 
 /// Fields of `Leave`.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand};
+use common::identity::{Newcomer, keygen, keygen_all};
 
 pub(crate) use self::drain::Drain;
 use crate::config::{Config, Devices, Inputs, Report};
@@ -47,16 +48,24 @@ pub(crate) enum Command {
     /// Makes a running sidecar take no new KV, for a prefill instance that is to be stopped. Decode sides can still
     /// fetch the KV that the engine keeps.
     Drain(Drain),
-    /// Makes the key of this process, and prints the public key for the rosters of its peers.
+    /// Makes the key of this process, and prints the public key for the rosters of its peers. Or makes the keys of several
+    /// processes, with their roster.
     Keygen(Keygen),
 }
 
 /// Arguments of `keygen`.
 #[derive(Debug, Args)]
 pub(crate) struct Keygen {
-    /// The new file, for sidecar.key_file. An existing file is never replaced.
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
+    /// The new file, for sidecar.key_file. An existing file is never replaced. With members, a folder.
+    #[arg(value_name = "FILE|FOLDER")]
+    path: PathBuf,
+    /// Processes that get a key, for example prefill=sender@10.0.0.1. Each key becomes FOLDER/NAME.key, and
+    /// FOLDER/roster.yaml lists all of them. The roles are sender, receiver and proxy; the hosts may be absent.
+    #[arg(value_name = "NAME=ROLE[+ROLE][@HOST[,HOST]]")]
+    members: Vec<Newcomer>,
+    /// Several processes use each key, such as the pods of one Kubernetes deployment. Their ids begin with NAME-.
+    #[arg(long, requires = "members")]
+    replicas: bool,
 }
 
 /// Flags of a run.
@@ -249,11 +258,21 @@ impl Run {
 }
 
 impl Keygen {
-    /// Makes the file and prints the public key.
+    /// Makes the files and prints the public keys.
     pub(crate) fn run(&self) -> Exit {
-        match common::identity::keygen(&self.file) {
-            Ok(public) => {
-                say(&format!("{public}\n"));
+        let made = if self.members.is_empty() {
+            keygen(&self.path)
+                .map(|public| vec![public])
+                .map_err(|e| e.to_string())
+        } else {
+            keygen_all(&self.path, &self.members, self.replicas)
+        };
+        match made {
+            Ok(keys) => {
+                say(&keys
+                    .iter()
+                    .map(|key| format!("{key}\n"))
+                    .collect::<String>());
                 Exit::Ok
             }
             Err(error) => {
@@ -346,6 +365,8 @@ Examples:
     sidecar selftest --seconds 3
   Make a key for peers that know each other, and print the public key for the roster:
     sidecar keygen /etc/pd-sidecar/key
+  Make the keys of a pair and of its proxy, and the roster that lists them:
+    sidecar keygen keys prefill=sender@10.0.0.1 decode=receiver@10.0.0.2 front=proxy@10.0.0.1
   Before a prefill engine is stopped, wait until decode sides have fetched the KV that it keeps:
     sidecar drain --until-fetched
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
 import shutil
 import subprocess
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +16,13 @@ from typing import Any
 
 import pytest
 import yaml
-from harness.sidecar import ROOT
+from harness.sidecar import BINARIES, ROOT
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 FOLDERS = ["base", *sorted(f"overlays/{path.parent.name}" for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))]
 RENDER_BOUND_S = 60.0
 
 POD_IP = "10.0.0.9"
-POD_NAME = "pod-0"
 
 Manifest = dict[str, Any]
 
@@ -108,14 +110,14 @@ def config_files(folder: str) -> dict[str, str]:
     return data
 
 
-def environment(container: Manifest) -> dict[str, str]:
-    """Returns the variables that a kubelet would set in the container. Variables from secrets are absent."""
+def environment(container: Manifest, name: str = "pod-0") -> dict[str, str]:
+    """Returns the variables that a kubelet would set in a container of the pod `name`, without those from secrets."""
     values: dict[str, str] = {}
     for variable in container.get("env", []):
         if "value" in variable:
             values[variable["name"]] = _expanded(variable["value"], values)
         elif path := variable["valueFrom"].get("fieldRef", {}).get("fieldPath"):
-            values[variable["name"]] = {"status.podIP": POD_IP, "metadata.name": POD_NAME}[path]
+            values[variable["name"]] = {"status.podIP": POD_IP, "metadata.name": name}[path]
     return values
 
 
@@ -128,6 +130,63 @@ def command(container: Manifest) -> list[str]:
 def _expanded(text: str, values: dict[str, str]) -> str:
     """Replaces `$(NAME)` as Kubernetes does: an unknown name stays as it is."""
     return re.sub(r"\$\((\w+)\)", lambda found: values.get(found[1], found[0]), text)
+
+
+@functools.cache
+def page_commands() -> list[list[str]]:
+    """Returns the commands with which docs/deploy.md makes keys and secrets."""
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    lines = re.findall(r"^(?:sidecar keygen|kubectl -n pd create secret generic pd-)[^#\n]*", page, re.MULTILINE)
+    return [line.split() for line in lines]
+
+
+def secrets(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Runs the page's commands in `folder`. Returns the files of each secret; kubectl sends nothing to a cluster."""
+    made = {}
+    for program, *arguments in page_commands():
+        words = [re.sub(r"\$\(openssl rand -hex 16\)", os.urandom(16).hex(), word) for word in _joined(arguments)]
+        command: list[str | Path] = [BINARIES / "sidecar", *words]
+        if program == "kubectl":
+            command = ["kubectl", *words, "--dry-run=client", "--output=json"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=RENDER_BOUND_S, check=False)
+        assert done.returncode == 0, done.stderr
+        if program == "kubectl":
+            secret = json.loads(done.stdout)
+            made[secret["metadata"]["name"]] = {name: b64decode(text) for name, text in secret["data"].items()}
+    return made
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Joins the words of each `$(...)`."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].count("$(") > joined[-1].count(")"):
+            joined[-1] += f" {word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def secret_mounts(found: Pod, container: Manifest) -> dict[str, tuple[str, list[Manifest]]]:
+    """Returns the name of the secret, and its items, for each path at which the container sees a secret."""
+    volumes = {volume["name"]: volume.get("secret") for volume in found.spec.get("volumes", [])}
+    mounts = {mount["mountPath"]: volumes.get(mount["name"]) for mount in container.get("volumeMounts", [])}
+    return {path: (secret["secretName"], secret["items"]) for path, secret in mounts.items() if secret}
+
+
+def mount(found: Pod, container: Manifest, made: dict[str, dict[str, bytes]], root: Path) -> dict[str, Path]:
+    """Writes the secrets that a container sees below `root`. Returns the folder that takes the place of each path."""
+    folders = {}
+    for path, (secret, items) in secret_mounts(found, container).items():
+        folder = root / path.strip("/")
+        folder.mkdir(parents=True)
+        for item in items:
+            file = folder / item["path"]
+            file.write_bytes(made[secret][item["key"]])
+            # The kubelet gives root's files to the pod's group. A user who is not root has no such files.
+            file.chmod(0o440 if os.geteuid() == 0 else 0o400)
+        folders[path] = folder
+    return folders
 
 
 def port(container: Manifest, name: str | int) -> int:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -21,13 +22,25 @@ from harness.ports import free_port
 from harness.process import Process
 from harness.scripted import JsonHandler, serving
 from harness.sidecar import BINARIES, CHUNK_TOKENS
-from rendered import FOLDERS, Manifest, Pod, command, config_files, environment, pod, port, write_config
+from rendered import (
+    FOLDERS,
+    Manifest,
+    Pod,
+    command,
+    config_files,
+    environment,
+    mount,
+    pod,
+    port,
+    secret_mounts,
+    secrets,
+    write_config,
+)
 
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import Granted, Hello, Layout, Ready, Target
 
 BOUND_S = 20.0
-ADMIN_KEY = "the-admin-key"
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
 ROLES = {"prefill": "producer", "decode": "consumer"}
 
@@ -51,13 +64,20 @@ sides = pytest.mark.parametrize("component", ["prefill", "decode"])
 def test_check_config(folder: str, component: str, tmp_path: Path) -> None:
     """The sidecar accepts its configuration with the environment of its container, and uses the pod's own address."""
     write_config(folder, tmp_path)
-    container = pod(folder, component).container("sidecar")
+    found = pod(folder, component)
+    container = found.container("sidecar")
     program, *arguments = command(container)
     assert program == "sidecar"
     (file,) = (word.removeprefix("--config=/etc/pd-sidecar/") for word in arguments)
+    text = (tmp_path / file).read_text()
+    for path, mounted in mount(found, container, secrets(tmp_path), tmp_path / "pod").items():
+        assert path in text
+        text = text.replace(path, str(mounted))
+    (tmp_path / file).write_text(text)
+    variables = environment(container, f"pd-{component}-0")
     done = subprocess.run(
         [BINARIES / "sidecar", "check-config", tmp_path / file, "--json"],
-        env=environment(container),
+        env=variables,
         capture_output=True,
         text=True,
         timeout=BOUND_S,
@@ -65,8 +85,9 @@ def test_check_config(folder: str, component: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     values = {entry["key"]: entry["value"] for entry in json.loads(done.stdout)["values"]}
-    assert values["sidecar.advertise_host"] == environment(container)["POD_IP"]
-    assert values["sidecar.id"] == environment(container)["PD_SIDECAR_ID"]
+    assert values["sidecar.advertise_host"] == variables["POD_IP"]
+    assert values["sidecar.id"] == variables["PD_SIDECAR_ID"]
+    assert (values["sidecar.auth"], values["sidecar.insecure"]) == ("require", "false")
     admin = values["sidecar.admin"].rpartition(":")[2]
     assert port(container, "admin") == int(admin)
 
@@ -102,7 +123,12 @@ class Parts:
         self.ports: dict[int, int] = {}
         self.processes: dict[str, Process] = {}
         self.clients: dict[str, Client] = {}
+        self.mounts: dict[str, dict[str, Path]] = {}
         write_config(folder, tmp)
+        made = secrets(tmp)
+        self.api_key, self.admin_key = (made["pd-proxy"][name].decode() for name in ("api", "admin"))
+        for component, found in self.pods.items():
+            self.mounts[component] = mount(found, self.container(component), made, tmp / "mounts" / component)
 
     def container(self, component: str) -> Manifest:
         return self.pods[component].container("proxy" if component == "proxy" else "sidecar")
@@ -116,10 +142,9 @@ class Parts:
         env = environment(self.container(component))
         if component == "proxy":
             arguments = [self._at_home(argument) for argument in arguments]
-            env["PD_PROXY_ADMIN_KEY"] = ADMIN_KEY
         else:
             env |= {
-                "PD_SIDECAR_ID": f"pod-{component}",
+                "PD_SIDECAR_ID": f"pd-{component}-0",
                 "PD_SIDECAR_ADVERTISE_HOST": "127.0.0.1",
                 "PD_SIDECAR_ENGINE_URL": self.engine,
                 "LMCACHE_PD_BUFFER_DEVICE": "cpu",
@@ -172,7 +197,13 @@ class Parts:
         flag, equals, value = argument.partition("=")
         if value.startswith("0.0.0.0:"):
             value = f"127.0.0.1:{self.free(int(value.rpartition(':')[2]))}"
-        return flag + equals + value
+        return flag + equals + self.moved("proxy", value)
+
+    def moved(self, component: str, path: str) -> str:
+        """Returns a path of a secret's file as it is on this host."""
+        for mounted, folder in self.mounts[component].items():
+            path = path.replace(mounted, str(folder))
+        return path
 
     def _config(self, component: str) -> Path:
         """Writes the sidecar's configuration with free ports, the socket in `tmp`, and small buffers."""
@@ -189,6 +220,8 @@ class Parts:
         # An emptyDir has this mode.
         (self.tmp / component).chmod(0o777)
         ours["socket"] = str(self.socket(component))
+        for key in ("key_file", "roster"):
+            ours[key] = self.moved(component, ours[key])
         values |= {"pd_proxy_host": "127.0.0.1", "pd_buffer_size": 16 * LAYOUT.chunk_bytes}
         file = self.tmp / name
         file.write_text(json.dumps(values))
@@ -231,6 +264,11 @@ def test_a_pod_lives_and_ends(parts: Parts) -> None:
     parts.until("proxy", "readinessProbe", 200)
 
     assert push(parts, CHUNK_TOKENS) == b"kv" * (LAYOUT.chunk_bytes // 2)
+    models = f"http://127.0.0.1:{parts.free(8000)}/v1/models"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(models, timeout=5.0)
+    with_key = urllib.request.Request(models, headers={"authorization": f"Bearer {parts.api_key}"})
+    assert urllib.request.urlopen(with_key, timeout=5.0).status == 200
 
     # The preStop hook of the decode engine: from now on the proxy sends it no requests.
     leave(parts, "decode")
@@ -274,10 +312,16 @@ def leave(parts: Parts, component: str) -> None:
     """Runs the engine's preStop hook."""
     program, script = parts.pods[component].container("engine")["lifecycle"]["preStop"]["exec"]["command"]
     assert program == "python3"
+    engine = parts.pods[component].container("engine")
+    key = Path(environment(engine)["PD_PROXY_ADMIN_KEY_FILE"])
+    ((secret, items),) = (
+        at for path, at in secret_mounts(parts.pods[component], engine).items() if path == str(key.parent)
+    )
+    assert (secret, items) == ("pd-proxy", [{"key": "admin", "path": key.name}])
     env = {
-        "PD_SIDECAR_ID": f"pod-{component}",
+        "PD_SIDECAR_ID": f"pd-{component}-0",
         "PD_PROXY_URL": f"http://127.0.0.1:{parts.free(8000)}",
-        "PD_PROXY_ADMIN_KEY": ADMIN_KEY,
+        "PD_PROXY_ADMIN_KEY_FILE": parts.moved("proxy", "/etc/pd-proxy/admin"),
     }
     file = parts.tmp / Path(script).name
     done = subprocess.run([sys.executable, file], env=env, capture_output=True, text=True, timeout=BOUND_S, check=False)
@@ -285,7 +329,7 @@ def leave(parts: Parts, component: str) -> None:
 
 
 def instances(parts: Parts) -> list[object]:
-    headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+    headers = {"authorization": f"Bearer {parts.admin_key}"}
     request = urllib.request.Request(f"http://127.0.0.1:{parts.free(8000)}/instances", headers=headers)
     with urllib.request.urlopen(request, timeout=5.0) as answer:
         found: list[object] = json.load(answer)

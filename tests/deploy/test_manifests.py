@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from harness.sidecar import ROOT
-from rendered import FOLDERS, KUBERNETES, Manifest, Pod, config_files, environment, manifests, pod, pods
+from rendered import FOLDERS, KUBERNETES, Manifest, Pod, config_files, environment, manifests, pod, pods, secret_mounts
 
 # The oldest version in which all fields of the manifests exist, for each folder.
 VERSIONS = {"overlays/tcp": "1.34", "overlays/store": "1.34"}
@@ -129,6 +129,26 @@ def test_grace_periods_cover_the_drains(folder: str) -> None:
         assert engine >= drain
         assert "drain_timeout_ms" not in _config(folder, component)["sidecar"]
         assert found.spec["terminationGracePeriodSeconds"] >= HOOK_BOUND_S + engine + SIDECAR_DRAIN_S + 10
+
+
+@everywhere
+def test_each_pod_has_only_its_own_key(folder: str) -> None:
+    """All channels need keys, and no pod can act as another pod."""
+    for component in ("proxy", "prefill", "decode"):
+        found = pod(folder, component)
+        for container in found.containers():
+            seen = {name: {item["key"] for item in items} for name, items in secret_mounts(found, container).values()}
+            keys = seen.get("pd-keys", set())
+            assert keys == (set() if container["name"] == "engine" else {f"pd-{component}.key", "roster.yaml"})
+            http = {"proxy": {"admin", "api"}, "engine": {"admin"}, "sidecar": set()}[container["name"]]
+            assert seen.get("pd-proxy", set()) == http
+            # The pod may read root's files, by its group, and the container writes none of them.
+            assert found.spec["securityContext"]["fsGroup"] == 10001
+    for component in ("prefill", "decode"):
+        ours = _config(folder, component)["sidecar"]
+        assert ours["auth"] == "require" and "insecure" not in ours
+    arguments = pod(folder, "proxy").container("proxy")["args"]
+    assert "--auth=require" in arguments and "--insecure" not in arguments
 
 
 def test_the_nodes_gpus_are_not_shared_by_chance() -> None:

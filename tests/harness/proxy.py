@@ -51,6 +51,10 @@ class Proxy(Part):
         """Adds flags that the proxy uses from its next start on."""
         self._flags = [*self._flags, *words]
 
+    def set_flags(self, *words: str) -> None:
+        """Sets the flags that the proxy uses from its next start on, in place of all other flags."""
+        self._flags = list(words)
+
     def restart(self) -> None:
         self.stop()
         self.start()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from harness.client import call, post_json
 from harness.proxy import Proxy
 from harness.sidecar import BINARIES, CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
 from test_groups import GROUPS, LAYOUT, Pair, hello, keys
@@ -148,6 +149,91 @@ def test_a_stranger_and_a_plain_peer_get_nothing(
     pair.move("r-0", tokens=300, have=0, slots=SLOTS)
 
 
+def acknowledged(sidecar: Sidecar) -> bool:
+    return sidecar.status()["proxy"]["acknowledged_ms_ago"] is not None
+
+
+def test_a_proxy_says_why_it_refuses_a_registration(
+    started: tuple[Pair, Fleet, dict[str, tuple[str, str]]], tmp_path: Path
+) -> None:
+    pair, fleet, members = started
+    members[fleet.key("front", "pd-proxy")] = ("front", "proxy")
+    fleet.write(members)
+    # In the proxy's roster the receiver has another address than the one that it announces.
+    entries = {key: {"name": name, "roles": [role]} for key, (name, role) in members.items()}
+    wrong = {
+        key: {**entry, **({"hosts": ["10.0.0.9"]} if entry["roles"] == ["receiver"] else {})}
+        for key, entry in entries.items()
+    }
+    roster = tmp_path / "proxy-roster.yaml"
+    roster.write_text(json.dumps(wrong))
+    flags = ["--auth", "require", "--key-file", str(tmp_path / "front.key"), "--roster", str(roster)]
+    proxy = Proxy(tmp_path, flags)
+    try:
+        proxy.start()
+        receiver = pair.receiver
+        receiver.options = replace(receiver.options, proxy=proxy.registration)
+        receiver.restart()
+        why = "receiver-sidecar announces 127.0.0.1, which is none of its hosts in the roster; add it there"
+        until("the refusal is not told", lambda: why in call(f"{receiver.admin}/ready")[1])
+        assert receiver.process is not None and why in receiver.process.output()
+        # A stranger's call-back does not count as the proxy's acknowledgement.
+        status = receiver.status()
+        claim = {"proxy": proxy.registration, "id": status["id"], "epoch": status["epoch"]}
+        assert post_json(f"{receiver.admin}/registered", claim)["id"] == status["id"]
+        assert not acknowledged(receiver)
+        # The roster is mended while both run.
+        roster.write_text(json.dumps(entries))
+        until("the registration is not confirmed", lambda: acknowledged(receiver))
+        assert why not in call(f"{receiver.admin}/ready")[1]
+        assert [instance["id"] for instance in proxy.instances()] == ["receiver-sidecar"]
+    finally:
+        proxy.stop()
+
+
+def test_a_sidecar_needs_only_the_proxys_key(tmp_path: Path) -> None:
+    """The rosters of the sidecars list the proxy and themselves. The proxy names the others, and revokes them."""
+    fleet = Fleet(tmp_path)
+    members = {fleet.key(f"{role}-sidecar"): (f"{role}-sidecar", role) for role in ("sender", "receiver")}
+    members[fleet.key("front", "pd-proxy")] = ("front", "proxy")
+    fleet.write(members)
+    flags = ["--auth", "require", "--key-file", str(tmp_path / "front.key"), "--roster", str(tmp_path / "roster.yaml")]
+    proxy = Proxy(tmp_path, flags)
+    sides = []
+    for role in ("sender", "receiver"):
+        name = f"{role}-sidecar"
+        own = {key: {"name": n, "roles": [r]} for key, (n, r) in members.items() if n in (name, "front")}
+        roster = tmp_path / f"{role}.yaml"
+        roster.write_text(json.dumps(own))
+        settings = {**fleet.settings(name), "roster": str(roster), "peers_from_proxy": True, "register_ms": 500}
+        options = SidecarOptions(role, SLOTS * LAYOUT.chunk_bytes, transport="tcp", proxy=proxy.registration)
+        sides.append(Sidecar(replace(options, keys=settings), tmp_path, tmp_path))
+    pair = Pair(*sides)
+    try:
+        for side in sides:
+            side.start()
+        assert refusal(pair.sender, pair.receiver, "too-early") is not None
+        proxy.start()
+        for side in sides:
+            until("the proxy names nobody", lambda side=side: "has named peers" in output(side))  # type: ignore[misc]
+        pair.move("r-0", tokens=1000, have=0, slots=SLOTS)
+        # The sender leaves the proxy's roster. The receiver's own roster never had it.
+        fleet.write({key: member for key, member in members.items() if member[1] != "sender"})
+        metrics = pair.receiver.metrics
+        until("the connection stays", lambda: metrics().sum("pd_sidecar_port_events", event="revoked") > 0)
+        assert refusal(pair.sender, pair.receiver, "revoked") is not None
+        assert pair.receiver.records()[-1]["req"] == "r-0"
+    finally:
+        for side in sides:
+            side.stop()
+        proxy.stop()
+
+
+def output(sidecar: Sidecar) -> str:
+    assert sidecar.process is not None
+    return sidecar.process.output()
+
+
 def test_a_proxy_takes_registrations_of_known_sidecars_only(
     started: tuple[Pair, Fleet, dict[str, tuple[str, str]]], tmp_path: Path
 ) -> None:
@@ -170,6 +256,8 @@ def test_a_proxy_takes_registrations_of_known_sidecars_only(
             side.restart()
         until("the known sidecars are not registered", lambda: len(proxy.instances()) == 2)
         assert {instance["id"] for instance in proxy.instances()} == {"sender-sidecar", "receiver-sidecar"}
+        for side in (pair.sender, pair.receiver):
+            until("the proxy confirms nothing", lambda side=side: acknowledged(side))  # type: ignore[misc]
     finally:
         plain.stop()
         proxy.stop()

@@ -37,6 +37,17 @@ pub struct PrivateKey {
 pub struct KeyFileError {
     path: PathBuf,
     what: String,
+    is_missing: bool,
+}
+
+impl KeyFileError {
+    fn new(path: &Path, what: String) -> Self {
+        Self {
+            path: path.to_owned(),
+            what,
+            is_missing: false,
+        }
+    }
 }
 
 /// Makes a key, writes it to a new file with mode 0600, and returns the public key.
@@ -44,10 +55,7 @@ pub struct KeyFileError {
 /// # Errors
 /// The file exists already, or cannot be written.
 pub fn keygen(path: &Path) -> Result<PublicKey, KeyFileError> {
-    let error = |what: String| KeyFileError {
-        path: path.to_owned(),
-        what,
-    };
+    let error = |what: String| KeyFileError::new(path, what);
     let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
         .map_err(|_| error("the system gives no random numbers".to_owned()))?;
     let pair = Ed25519KeyPair::from_pkcs8(pkcs8.as_ref())
@@ -81,36 +89,16 @@ impl PrivateKey {
     /// # Errors
     /// The file cannot be opened, another user can read or write it, or it has no Ed25519 key.
     pub fn read(path: &Path) -> Result<Self, KeyFileError> {
-        let error = |what: String| KeyFileError {
-            path: path.to_owned(),
-            what,
-        };
-        // Without NONBLOCK, opening a FIFO would wait for ever.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
-            error(match e {
-                rustix::io::Errno::NOENT => {
-                    format!("no such file: make a key with `keygen {}`", path.display())
-                }
-                rustix::io::Errno::ACCESS => "this process may not read it: chown the file to \
-                     the process's user, or give it a group of the process (in Kubernetes: \
-                     securityContext.fsGroup)"
-                    .to_owned(),
-                e => format!("cannot open the key file: {e}"),
-            })
+        let text = read_secret(path, MAX_BYTES).map_err(|mut error| {
+            if error.is_missing {
+                error.what = format!("no such file: make a key with `keygen {}`", path.display());
+            }
+            error
         })?;
-        let stat = rustix::fs::fstat(&file).map_err(|e| error(format!("cannot stat: {e}")))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(error("not a regular file: name a key file".to_owned()));
-        }
-        safe(&stat).map_err(error)?;
-        let mut text = Vec::new();
-        File::from(file)
-            .take(MAX_BYTES)
-            .read_to_end(&mut text)
-            .map_err(|e| error(format!("cannot read the key: {e}")))?;
-        let wrong =
-            || error("not a private Ed25519 key (PKCS#8, PEM): make one with `keygen`".to_owned());
+        let wrong = || {
+            let what = "not a private Ed25519 key (PKCS#8, PEM): make one with `keygen`";
+            KeyFileError::new(path, what.to_owned())
+        };
         let der = PrivatePkcs8KeyDer::from_pem_slice(&text).map_err(|_| wrong())?;
         let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der.secret_pkcs8_der())
             .map_err(|_| wrong())?;
@@ -124,6 +112,39 @@ impl PrivateKey {
     pub fn public(&self) -> PublicKey {
         self.public
     }
+}
+
+/// Reads a file with a secret, at most `max` bytes of it.
+///
+/// # Errors
+/// The file cannot be opened, or another user can read or write it.
+pub fn read_secret(path: &Path, max: u64) -> Result<Vec<u8>, KeyFileError> {
+    let error = |what: String| KeyFileError::new(path, what);
+    // Without NONBLOCK, opening a FIFO would wait for ever.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| match e {
+        rustix::io::Errno::NOENT => KeyFileError {
+            is_missing: true,
+            ..error("no such file".to_owned())
+        },
+        rustix::io::Errno::ACCESS => error(
+            "this process may not read it: chown the file to the process's user, or give it a group of the process (in \
+             Kubernetes: securityContext.fsGroup)"
+                .to_owned(),
+        ),
+        e => error(format!("cannot open the key file: {e}")),
+    })?;
+    let stat = rustix::fs::fstat(&file).map_err(|e| error(format!("cannot stat: {e}")))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(error("not a regular file: name a key file".to_owned()));
+    }
+    safe(&stat).map_err(error)?;
+    let mut text = Vec::new();
+    File::from(file)
+        .take(max)
+        .read_to_end(&mut text)
+        .map_err(|e| error(format!("cannot read the key: {e}")))?;
+    Ok(text)
 }
 
 /// Returns the reason why another user may read or write the file, with the cure.

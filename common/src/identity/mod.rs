@@ -8,21 +8,25 @@
 //! does so, the roster has both keys under one name.
 
 mod file;
+mod files;
+mod fleet;
 mod key;
 mod roster;
 mod tls;
+mod told;
 
 use std::fmt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{error, info};
 
-pub use self::file::{KeyFileError, PrivateKey, keygen};
+use self::told::Told;
+
+pub use self::file::{KeyFileError, PrivateKey, keygen, read_secret};
+pub use self::files::Watch;
+pub use self::fleet::{Newcomer, keygen_all};
 pub use self::key::{NotAKey, PublicKey};
 pub use self::roster::{Member, Role, Roster, RosterError};
 pub use self::tls::{Channel, Expected, Refusal, alert, client, proved, refusal, server};
@@ -84,14 +88,18 @@ struct Inner {
     key_file: PathBuf,
     roster_file: PathBuf,
     key: RwLock<Arc<PrivateKey>>,
+    /// The roster in use: the file's entries, and the peers that a proxy has named.
     roster: watch::Sender<Arc<Roster>>,
-    /// Facts about the files when they were first read. A change between this reading and the first look of `follow` must
-    /// not be missed.
-    first: Marks,
+    sources: Mutex<Sources>,
+    /// The state of both files when they were first read.
+    files: Watch,
 }
 
-/// Facts about the two files that change when one of them is written or replaced.
-type Marks = [Option<(u64, u64, i64, i64)>; 2];
+/// The parts of the roster in use.
+struct Sources {
+    file: Roster,
+    told: Vec<Told>,
+}
 
 impl Identity {
     /// Reads the key and the roster. `auth` must not be [`Auth::Off`].
@@ -103,7 +111,7 @@ impl Identity {
         key_file: &Path,
         roster_file: &Path,
     ) -> Result<Self, Vec<IdentityError>> {
-        let first = marks([key_file, roster_file]);
+        let files = Watch::new(vec![key_file.to_owned(), roster_file.to_owned()]);
         let (key, roster) = read(key_file, roster_file)?;
         Ok(Self {
             inner: Arc::new(Inner {
@@ -111,8 +119,12 @@ impl Identity {
                 key_file: key_file.to_owned(),
                 roster_file: roster_file.to_owned(),
                 key: RwLock::new(Arc::new(key)),
-                roster: watch::Sender::new(Arc::new(roster)),
-                first,
+                roster: watch::Sender::new(Arc::new(roster.clone())),
+                sources: Mutex::new(Sources {
+                    file: roster,
+                    told: Vec::new(),
+                }),
+                files,
             }),
         })
     }
@@ -153,22 +165,8 @@ impl Identity {
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
     pub async fn follow(self) {
-        let mut hangup = signal(SignalKind::hangup()).ok();
-        let mut before = self.inner.first;
-        loop {
-            let asked = async {
-                match &mut hangup {
-                    Some(hangup) => drop(hangup.recv().await),
-                    None => std::future::pending().await,
-                }
-            };
-            let asked = tokio::time::timeout(LOOK_EVERY, asked).await.is_ok();
-            let now = marks([&self.inner.key_file, &self.inner.roster_file]);
-            if asked || now != before {
-                before = now;
-                self.reread();
-            }
-        }
+        let files = self.inner.files.clone();
+        files.run(|| self.reread()).await;
     }
 
     /// Reads both files again, once.
@@ -191,6 +189,30 @@ impl Identity {
             .key
             .write()
             .unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
+        let mut sources = self.sources();
+        sources.file = roster;
+        // Peers that contradict the new file are not used.
+        let with_told = sources.file.with(&sources.told);
+        let roster = with_told.unwrap_or_else(|_| sources.file.clone());
+        self.publish(roster);
+    }
+
+    /// Replaces the peers that a proxy has named. Returns their number, without those that the file names itself.
+    fn set_told(&self, told: Vec<Told>) -> Result<usize, Vec<String>> {
+        let mut sources = self.sources();
+        let roster = sources.file.with(&told)?;
+        sources.told = told;
+        let used = roster.len() - sources.file.len();
+        self.publish(roster);
+        Ok(used)
+    }
+
+    fn sources(&self) -> MutexGuard<'_, Sources> {
+        let sources = self.inner.sources.lock();
+        sources.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish(&self, roster: Roster) {
         let roster = Arc::new(roster);
         let changed = self.inner.roster.send_if_modified(|present| {
             let changed = *present != roster;
@@ -201,13 +223,6 @@ impl Identity {
             info!(keys = roster.len(), "the roster has changed");
         }
     }
-}
-
-fn marks(files: [&Path; 2]) -> Marks {
-    files.map(|path| {
-        let file = std::fs::metadata(path).ok()?;
-        Some((file.ino(), file.len(), file.mtime(), file.mtime_nsec()))
-    })
 }
 
 /// Reads a key and a roster that lists the key.
@@ -236,6 +251,3 @@ impl fmt::Debug for Identity {
             .finish_non_exhaustive()
     }
 }
-
-/// Time between two looks at the files.
-const LOOK_EVERY: Duration = Duration::from_secs(2);

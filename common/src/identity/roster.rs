@@ -4,6 +4,7 @@
 //! ed25519:0tq3…: {name: prefill-a, roles: [sender], hosts: [10.0.0.1]}
 //! ed25519:Zk1h…: {name: decode-a, roles: [receiver], hosts: [10.0.0.2, decode-a.example]}
 //! ed25519:b8cX…: {name: front, roles: [proxy]}
+//! ed25519:Qd0p…: {name: web, roles: [sender], replicas: true}   # web-1, web-2, ...: several processes, one key
 //! ```
 
 use std::collections::BTreeMap;
@@ -36,6 +37,9 @@ pub struct Member {
     pub roles: Vec<Role>,
     /// Addresses and names of the process's hosts; empty if the process may have any address.
     pub hosts: Vec<String>,
+    /// True if several processes use the key, such as the pods of one Kubernetes deployment. The id of each begins with
+    /// the name and a `-`.
+    pub replicas: bool,
 }
 
 /// All known keys.
@@ -61,7 +65,7 @@ impl Role {
         }
     }
 
-    const ALL: [Self; 3] = [Self::Sender, Self::Receiver, Self::Proxy];
+    pub(super) const ALL: [Self; 3] = [Self::Sender, Self::Receiver, Self::Proxy];
 }
 
 impl Member {
@@ -74,6 +78,20 @@ impl Member {
     pub fn is_at(&self, host: &str) -> bool {
         let bare = bare(host);
         self.hosts.is_empty() || self.hosts.iter().any(|h| h.eq_ignore_ascii_case(bare))
+    }
+
+    /// Returns true if a process with this key may have this id: the name itself or, for replicas, `NAME-` and more.
+    pub fn is_called(&self, id: &str) -> bool {
+        match id.strip_prefix(&*self.name) {
+            Some("") => true,
+            Some(rest) => self.replicas && rest.len() > 1 && rest.starts_with('-'),
+            None => false,
+        }
+    }
+
+    /// Returns true if a rank of a process with this key may have this id: the process's id, or that id, `/` and a rank.
+    pub fn has_rank(&self, id: &str) -> bool {
+        self.is_called(id.split('/').next().unwrap_or_default())
     }
 }
 
@@ -154,15 +172,53 @@ impl Roster {
             let members: Vec<_> = keys.iter().map(|key| &self.members[*key]).collect();
             if members.windows(2).any(|pair| pair[0] != pair[1]) {
                 mistakes.push(format!(
-                    "{name}: its keys have different roles or hosts; write the same roles and hosts for each key of a name"
+                    "{name}: its keys have different roles, hosts or replicas; write the same for each key of a name"
                 ));
             }
+        }
+        self.check_replicas(mistakes);
+    }
+
+    /// Finds names that another member's replicas may have. One of the two could then act as the other.
+    fn check_replicas(&self, mistakes: &mut Vec<String>) {
+        let members = || self.members.values();
+        for group in members().filter(|member| member.replicas) {
+            let taken = members().filter(|m| m.name != group.name && group.is_called(&m.name));
+            mistakes.extend(taken.map(|other| {
+                format!(
+                    "{}: replicas: they may have the name {}, which has another key; choose other names",
+                    group.name, other.name
+                )
+            }));
         }
     }
 
     /// Returns the process with this key.
     pub fn member(&self, key: &PublicKey) -> Option<&Member> {
         self.members.get(key)
+    }
+
+    /// Returns all keys with their processes.
+    pub(super) fn members(&self) -> impl Iterator<Item = (&PublicKey, &Member)> {
+        self.members.iter()
+    }
+
+    /// Returns this roster with further keys.
+    ///
+    /// # Errors
+    /// All mistakes that concern several entries.
+    pub(super) fn extended(
+        &self,
+        more: impl Iterator<Item = (PublicKey, Member)>,
+    ) -> Result<Self, Vec<String>> {
+        let mut extended = self.clone();
+        extended.members.extend(more);
+        let mut mistakes = Vec::new();
+        extended.check(&mut mistakes);
+        match mistakes.is_empty() {
+            true => Ok(extended),
+            false => Err(mistakes),
+        }
     }
 
     /// Returns the process with this name.
@@ -188,15 +244,21 @@ impl Roster {
 }
 
 /// Parses the fields of one entry; `None` if there is a mistake.
-fn member(fields: &Map<String, Value>, wrong: &mut impl FnMut(&str, String)) -> Option<Member> {
+pub(super) fn member(
+    fields: &Map<String, Value>,
+    wrong: &mut impl FnMut(&str, String),
+) -> Option<Member> {
     let mut good = true;
     let mut mistake = |field: &str, what: String| {
         good = false;
         wrong(field, what);
     };
     for field in fields.keys() {
-        if !["name", "roles", "hosts"].contains(&field.as_str()) {
-            mistake(field, "unknown; write name, roles and hosts".to_owned());
+        if !["name", "roles", "hosts", "replicas"].contains(&field.as_str()) {
+            mistake(
+                field,
+                "unknown; write name, roles, hosts and replicas".to_owned(),
+            );
         }
     }
     let name = match fields.get("name") {
@@ -251,10 +313,22 @@ fn member(fields: &Map<String, Value>, wrong: &mut impl FnMut(&str, String)) -> 
             );
         }
     }
+    let replicas = match fields.get("replicas") {
+        None => false,
+        Some(Value::Bool(replicas)) => *replicas,
+        Some(_) => {
+            mistake(
+                "replicas",
+                "write true if several processes use the key".to_owned(),
+            );
+            false
+        }
+    };
     good.then(|| Member {
         name: name.into(),
         roles,
         hosts,
+        replicas,
     })
 }
 
@@ -264,12 +338,12 @@ fn texts(value: Option<&Value>) -> Option<Vec<&str>> {
 }
 
 /// Returns true if logs and metrics can show the name. The same rule holds for `sidecar.id`.
-fn is_name(name: &str) -> bool {
+pub(super) fn is_name(name: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._:-".contains(c);
     (1..=128).contains(&name.len()) && name.chars().all(fits)
 }
 
-fn is_host(host: &str) -> bool {
+pub(super) fn is_host(host: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     let is_name = (1..=253).contains(&host.len()) && host.chars().all(fits);
     is_name || host.parse::<std::net::IpAddr>().is_ok()

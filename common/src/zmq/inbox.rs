@@ -1,16 +1,19 @@
-//! A bound port that only receives: the proxy's registration port, and the port of P2P NCCL instances.
+//! The proxy's registration port, and the port of P2P NCCL instances. Only peers that have proved a key get answers.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
 use omq_tokio::{Message, Options, Socket, SocketType};
+use protocol::receiver::Route;
 
 use super::keyed::{Protection, Router};
-use super::{BindError, Closed, FromPeer, MAX_PEERS, MAX_REGISTRATION_BYTES, bind, options};
+use super::{
+    BindError, Closed, FromPeer, MAX_PEERS, MAX_REGISTRATION_BYTES, SendError, bind, options,
+};
 use crate::identity::Member;
 
-/// A bound socket that receives messages and answers none.
+/// A bound socket that receives messages. It can answer peers that have proved a key.
 #[derive(Debug)]
 pub struct Inbox {
     kind: Kind,
@@ -32,8 +35,8 @@ pub enum Frame {
     /// The last frame of a message with several frames. On a ROUTER port the frames before the last frame identify
     /// the peer.
     Last(Bytes),
-    /// The only frame of a message from a peer that has proved a key.
-    Of(Member, Bytes),
+    /// The only frame of a message from a peer that has proved a key, and the connection for [`Inbox::answer`].
+    Of(Member, Route, Bytes),
     /// The message has no frame.
     Odd,
 }
@@ -115,10 +118,21 @@ impl Inbox {
         loop {
             if let FromPeer::Message(route, payload) = router.recv().await? {
                 return Ok(match router.owner(route) {
-                    Some(member) => Frame::Of(member.clone(), payload),
+                    Some(member) => Frame::Of(member.clone(), route, payload),
                     None => Frame::Single(payload),
                 });
             }
+        }
+    }
+
+    /// Queues an answer to a peer that has proved a key. Never waits.
+    ///
+    /// # Errors
+    /// See [`SendError`]. Peers without a key, which have PUSH sockets, get no answers.
+    pub fn answer(&mut self, route: Route, payload: impl Into<Bytes>) -> Result<(), SendError> {
+        match &mut self.kind {
+            Kind::Plain(_) => Err(SendError::Gone),
+            Kind::Keyed(router) => router.send(route, payload.into()),
         }
     }
 

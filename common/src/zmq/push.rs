@@ -1,5 +1,7 @@
 //! The connecting side of the registration port.
 
+use std::collections::VecDeque;
+
 use bytes::Bytes;
 use omq_tokio::{Message, Socket, SocketType, TrySendError};
 use protocol::registration::PROXY_NAME;
@@ -26,6 +28,10 @@ pub struct Push {
     kind: Kind,
     peer: String,
     dropped: u64,
+    /// Messages of the proxy that nobody has taken yet; at most [`MAX_HEARD`].
+    heard: VecDeque<Bytes>,
+    /// True if the proxy that is connected has proved a key.
+    is_keyed: bool,
 }
 
 #[derive(Debug)]
@@ -54,6 +60,8 @@ impl Push {
             kind,
             peer: format!("{host}:{port}"),
             dropped: 0,
+            heard: VecDeque::new(),
+            is_keyed: false,
         })
     }
 
@@ -99,6 +107,28 @@ impl Push {
         }
     }
 
+    /// Waits for the next message of the proxy. Only a proxy that has proved a key sends messages; for other proxies the
+    /// future never completes.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn heard(&mut self) -> Bytes {
+        loop {
+            if let Some(message) = self.heard.pop_front() {
+                return message;
+            }
+            let news = match &mut self.kind {
+                Kind::Plain(_) => None,
+                Kind::Keyed(dealer, _) => dealer.recv().await.ok(),
+            };
+            match news {
+                Some(news) => self.take(news),
+                // The socket's own task has ended, or there is no such proxy.
+                None => return std::future::pending().await,
+            }
+        }
+    }
+
     /// Sends queued messages for at most 1 s, then disconnects.
     pub async fn close(self) {
         match self.kind {
@@ -113,21 +143,43 @@ impl Push {
 
     /// Notes the events of the connection. If nobody took the events, the connection's task would wait for room.
     fn note(&mut self) {
-        let Kind::Keyed(dealer, listener) = &mut self.kind else {
+        while let Kind::Keyed(dealer, _) = &mut self.kind
+            && let Some(news) = dealer.try_recv()
+        {
+            self.take(news);
+        }
+    }
+
+    fn take(&mut self, news: News) {
+        let Kind::Keyed(_, listener) = &mut self.kind else {
             return;
         };
-        while let Some(news) = dealer.try_recv() {
-            match news {
-                News::Connected { identity, .. } if identity == PROXY_NAME => {
-                    *listener = Listener::Proxy;
+        match news {
+            News::Connected {
+                identity, is_keyed, ..
+            } => {
+                self.is_keyed = is_keyed;
+                *listener = match identity == PROXY_NAME {
+                    true => Listener::Proxy,
+                    false => Listener::Lmcache,
+                };
+            }
+            News::Lost | News::Failed(_) => *listener = Listener::Nobody,
+            // A peer without a key, which `prefer` permits, may be anybody.
+            News::Message(_) if !self.is_keyed => {}
+            News::Message(message) => {
+                // Each message replaces what the messages before have said.
+                if self.heard.len() == MAX_HEARD {
+                    self.heard.pop_front();
                 }
-                News::Connected { .. } => *listener = Listener::Lmcache,
-                News::Lost | News::Failed(_) => *listener = Listener::Nobody,
-                News::Message(_) => {}
+                self.heard.push_back(message);
             }
         }
     }
 }
+
+/// Largest number of messages of the proxy that wait.
+const MAX_HEARD: usize = 128;
 
 /// Begins to connect to a proxy that proves a key. A proxy without a key, where one is permitted, has a PULL socket.
 fn keyed_to(host: &str, port: u16, keyed: &Keyed) -> Dealer {

@@ -9,6 +9,7 @@ use protocol::receiver::Route;
 use super::keyed::{Protection, Router};
 use super::plain_router::PlainRouter;
 use super::{BindError, Closed, SendError, Traffic};
+use crate::identity::Member;
 
 /// A bound ROUTER socket: the init, the alloc or the fetch port.
 ///
@@ -108,9 +109,14 @@ impl RouterServer {
 
     /// Returns the name in the roster of the key that the peer has proved; `None` if the peer has proved no key.
     pub fn principal(&self, route: Route) -> Option<Arc<str>> {
+        self.member(route).map(|member| Arc::clone(&member.name))
+    }
+
+    /// Returns the entry in the roster of the key that the peer has proved; `None` if the peer has proved no key.
+    pub fn member(&self, route: Route) -> Option<&Member> {
         match &self.0 {
             Kind::Plain(_) => None,
-            Kind::Keyed(router) => router.owner(route).map(|member| Arc::clone(&member.name)),
+            Kind::Keyed(router) => router.owner(route),
         }
     }
 

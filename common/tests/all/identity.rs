@@ -4,7 +4,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::time::Duration;
 
-use common::identity::{Auth, Identity, PrivateKey, Role, keygen};
+use common::identity::{Auth, Identity, PrivateKey, PublicKey, Role, keygen};
+use protocol::registration::Peer;
 
 use crate::support::{run, within};
 
@@ -182,4 +183,99 @@ fn a_secret_of_kubernetes_is_read_and_followed() {
         assert_eq!(identity.own().unwrap().roles, [Role::Sender]);
         following.abort();
     });
+}
+
+/// A proxy can name further peers. It can change nothing that the file says, and name no proxy.
+#[test]
+fn peers_that_a_proxy_names_are_known_beside_those_of_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let keys = ["own", "front", "other", "evil"].map(|name| (name, keygen(&path(name)).unwrap()));
+    let [(_, own), (_, front), (_, other), (_, evil)] = keys;
+    let roster = path("roster");
+    let text = format!(
+        "{own}: {{name: own, roles: [sender]}}\n{front}: {{name: front, roles: [proxy]}}\n"
+    );
+    std::fs::write(&roster, &text).unwrap();
+    let identity = Identity::load(Auth::Require, &path("own"), &roster).unwrap();
+    let peer = |key: PublicKey, name: &str, roles: &[&str]| Peer {
+        key: key.to_string(),
+        name: name.to_owned(),
+        roles: roles.iter().map(|&role| role.to_owned()).collect(),
+        hosts: vec!["10.0.0.2".to_owned()],
+        replicas: false,
+    };
+    let known = |key: PublicKey| {
+        let roster = identity.roster();
+        let member = roster.member(&key).cloned();
+        member.map(|member| (member.name.to_string(), member.roles))
+    };
+    assert_eq!(
+        identity.learn(&[peer(other, "other", &["receiver"])]),
+        Ok(1)
+    );
+    assert_eq!(
+        known(other),
+        Some(("other".to_owned(), vec![Role::Receiver]))
+    );
+    assert!(!identity.roster().member(&other).unwrap().is_at("10.0.0.3"));
+
+    // Keys and names of the file stay as they are.
+    for claim in [
+        peer(own, "another", &["receiver"]),
+        peer(front, "front", &["receiver"]),
+        peer(evil, "own", &["sender"]),
+        peer(evil, "front", &["sender"]),
+    ] {
+        assert_eq!(
+            identity.learn(std::slice::from_ref(&claim)),
+            Ok(0),
+            "{claim:?}"
+        );
+        assert_eq!(known(own), Some(("own".to_owned(), vec![Role::Sender])));
+        assert_eq!(known(front), Some(("front".to_owned(), vec![Role::Proxy])));
+        assert_eq!(known(evil), None);
+        assert_eq!(known(other), None, "each list replaces the list before");
+    }
+    assert_eq!(
+        identity.learn(&[peer(other, "other", &["receiver"])]),
+        Ok(1)
+    );
+    for (wrong, expected) in [
+        (
+            peer(evil, "evil", &["proxy"]),
+            "a proxy may not name proxies",
+        ),
+        (
+            peer(evil, "evil", &["sender", "proxy"]),
+            "a proxy may not name proxies",
+        ),
+        (peer(evil, "evil", &[]), "roles: write a list"),
+        (peer(evil, "a b", &["sender"]), "name: write 1 to 128"),
+        (
+            Peer {
+                key: "ssh-rsa".to_owned(),
+                ..peer(evil, "evil", &["sender"])
+            },
+            "key: not a public key",
+        ),
+    ] {
+        let mistakes = identity.learn(&[wrong]).unwrap_err().join("\n");
+        assert!(mistakes.contains(expected), "{mistakes}");
+        assert!(known(other).is_some(), "a faulty list changes nothing");
+    }
+    // A changed file is read again, and the peers stay.
+    std::fs::write(
+        &roster,
+        text + &format!("{evil}: {{name: evil, roles: [sender]}}\n"),
+    )
+    .unwrap();
+    identity.reread();
+    assert_eq!(identity.roster().len(), 4);
+    // A proxy names what the roster has, without the proxies.
+    let names: Vec<_> = identity.peers().into_iter().map(|peer| peer.name).collect();
+    assert!(
+        names.len() == 3 && !names.contains(&"front".to_owned()),
+        "{names:?}"
+    );
 }

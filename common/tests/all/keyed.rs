@@ -107,8 +107,10 @@ fn registrations_name_their_sender() {
             let mut push = Push::connect("127.0.0.1", port, &to_proxy).await.unwrap();
             push.send(&b"register"[..]).unwrap();
             match within("frame", inbox.recv()).await.unwrap() {
-                Frame::Of(member, bytes) => {
+                Frame::Of(member, route, bytes) => {
                     assert_eq!((&*member.name, &bytes[..]), ("prefill", &b"register"[..]));
+                    inbox.answer(route, &b"registered"[..]).unwrap();
+                    assert_eq!(within("answer", push.heard()).await, "registered");
                 }
                 other => panic!("{other:?}"),
             }

@@ -10,7 +10,7 @@ use protocol::codec::Message;
 use protocol::keep::{ToFetcher, ToKeeper};
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{Init, Query, ToReceiver, ToSender};
-use protocol::registration::ToProxy;
+use protocol::registration::{FromProxy, ToProxy};
 use protocol::{Layout, Reason};
 
 fn root() -> PathBuf {
@@ -69,6 +69,7 @@ fn every_message_is_named() {
     check::<ToReceiver>(&document);
     check::<ToSender>(&document);
     check::<ToProxy>(&document);
+    check::<FromProxy>(&document);
     check::<ToSidecar>(&document);
     check::<ToEngine>(&document);
 }

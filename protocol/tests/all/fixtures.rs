@@ -8,7 +8,7 @@ use protocol::codec::{self, Message};
 use protocol::keep::{ToFetcher, ToKeeper};
 use protocol::local::{ToEngine, ToSidecar};
 use protocol::message::{Init, Query, ToReceiver, ToSender};
-use protocol::registration::ToProxy;
+use protocol::registration::{FromProxy, ToProxy};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -64,6 +64,7 @@ fn again(entry: &Value, bytes: &[u8]) -> Vec<u8> {
         "ToReceiver" => of::<ToReceiver>(bytes),
         "ToSender" => of::<ToSender>(bytes),
         "ToProxy" => of::<ToProxy>(bytes),
+        "FromProxy" => of::<FromProxy>(bytes),
         "ToSidecar" => of::<ToSidecar>(bytes),
         "ToEngine" => of::<ToEngine>(bytes),
         other => panic!("unknown set {other}"),
@@ -145,6 +146,7 @@ fn every_message_has_a_fixture() {
     check::<ToReceiver>("ToReceiver", &seen);
     check::<ToSender>("ToSender", &seen);
     check::<ToProxy>("ToProxy", &seen);
+    check::<FromProxy>("FromProxy", &seen);
     check::<ToSidecar>("ToSidecar", &seen);
     check::<ToEngine>("ToEngine", &seen);
 }

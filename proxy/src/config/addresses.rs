@@ -90,7 +90,7 @@ impl Addresses {
                 "--listen",
                 listen,
                 closed.clients,
-                "set --api-key for its clients",
+                "set --api-key or --api-key-file for its clients",
             ),
             (
                 "--registration",

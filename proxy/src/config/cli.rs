@@ -327,7 +327,7 @@ impl Config {
             ));
         }
         let closed = Closed {
-            clients: !self.access.api_key.is_empty(),
+            clients: self.access.asks_clients(),
             sidecars: self.keys.auth == AuthMode::Require,
         };
         problems.extend(self.addresses.problems(closed));

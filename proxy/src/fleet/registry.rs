@@ -159,6 +159,7 @@ impl Registry {
                 calling: false,
                 said_ready,
                 answered: None,
+                trouble: String::new(),
             });
             return Ok(Registered::New);
         };
@@ -323,6 +324,7 @@ impl Registry {
         let before = lease.instance.standing.clone();
         match answer {
             Answer::Confirmed { ready, reason } => {
+                lease.trouble.clear();
                 lease.call_at = now + every;
                 lease.answered = Some(now);
                 lease.instance.standing = if let Some(dispute) = &entry.dispute {
@@ -336,10 +338,41 @@ impl Registry {
                     Standing::NotReady(reason)
                 };
             }
-            Answer::Silent(_) => lease.call_at = now + RETRY_AFTER.min(every),
+            Answer::Silent(why) => {
+                lease.call_at = now + RETRY_AFTER.min(every);
+                lease.trouble = format!("the call-back failed: {why}");
+            }
             Answer::Stranger => {}
         }
         (before != lease.instance.standing).then(|| lease.instance.clone())
+    }
+
+    /// Returns true if a call-back has confirmed the registration lately, and otherwise the reason why not; the reason is
+    /// empty if no call-back has ended yet.
+    pub(crate) fn confirmation(&self, now: Instant, id: &str, epoch: u64) -> (bool, String) {
+        let entry = self.entries.get(id);
+        if let Some(dispute) = entry.and_then(|entry| entry.dispute.as_ref()) {
+            return (false, dispute.clone());
+        }
+        let leases = entry.into_iter().flat_map(|e| [&e.member, &e.candidate]);
+        let lease = leases.flatten().find(|l| l.instance.epoch == epoch);
+        match lease {
+            Some(lease) => (
+                lease.answered.is_some_and(|at| at + ANSWER_VALID > now),
+                lease.trouble.clone(),
+            ),
+            None => (
+                false,
+                "registration removed: another id or epoch answers at the admin address".to_owned(),
+            ),
+        }
+    }
+
+    /// Returns true if this id and epoch are registered.
+    pub(crate) fn holds(&self, id: &str, epoch: u64) -> bool {
+        self.entries.get(id).is_some_and(|entry| {
+            holds_epoch(&entry.member, epoch) || holds_epoch(&entry.candidate, epoch)
+        })
     }
 
     /// Notes the models that an engine has listed. Returns true if they differ from the models that were known.

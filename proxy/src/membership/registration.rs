@@ -1,10 +1,13 @@
 //! The registration task. The task owns the registry, receives messages on the registration ports, and calls
 //! sidecars back.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::identity::Identity;
 use common::zmq::{Frame, Inbox};
+use protocol::receiver::Route;
 use protocol::registration::InstanceRole;
 use tokio::select;
 use tokio::sync::{mpsc, watch};
@@ -21,11 +24,14 @@ use crate::membership::ports::PortError;
 use crate::state::app::{App, Instances};
 use crate::telemetry::labels::{InstanceCounts, Message};
 
+mod answers;
 pub(crate) mod messages;
 mod pairs;
+mod peers;
 
 use pairs::LoggedPairs;
 pub(crate) use pairs::unfit;
+use peers::roster_changed;
 
 /// The registration task.
 #[derive(Debug)]
@@ -38,6 +44,8 @@ pub(crate) struct Registration {
     /// Time at which a refused registration was last logged; `None` if none was logged yet.
     warned: Option<Instant>,
     logged_pairs: LoggedPairs,
+    /// The connection of each instance, by id and epoch, whose sidecar has proved a key.
+    routes: HashMap<(String, u64), Route>,
 }
 
 /// The inputs of the registration task.
@@ -47,6 +55,8 @@ pub(crate) struct Inputs {
     pub port: Inbox,
     /// The port of P2P NCCL instances.
     pub p2p: Option<Inbox>,
+    /// The roster of the sidecars that may register; absent if no sidecar proves a key.
+    pub identity: Option<Identity>,
     /// Ids of instances that have failed a request.
     pub suspected: mpsc::Receiver<String>,
     /// Commands of the admin endpoints and of the shared registry.
@@ -87,6 +97,7 @@ impl Registration {
             calls: JoinSet::new(),
             warned: None,
             logged_pairs: LoggedPairs::default(),
+            routes: HashMap::new(),
         }
     }
 
@@ -96,6 +107,7 @@ impl Registration {
     /// A registration port has failed.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
         let mut sweep = interval(SWEEP);
+        let mut changes = self.inputs.identity.as_ref().map(Identity::changes);
         self.settle();
         loop {
             let deadline = self.registry.next_deadline();
@@ -122,6 +134,10 @@ impl Registration {
                 Some(id) = self.inputs.suspected.recv() => {
                     self.registry.suspect(Instant::now(), &id);
                     News::Instances
+                }
+                () = roster_changed(&mut changes) => {
+                    self.tell_peers_to_all();
+                    News::None
                 }
                 frame = self.inputs.port.recv() => self.take(frame?),
                 frame = heard(self.inputs.p2p.as_mut()) => self.on_p2p_hello(frame?),
@@ -199,9 +215,9 @@ impl Registration {
                 "call-back failed"
             );
         }
-        let changed = self
-            .registry
-            .called_back(Instant::now(), &call.id, call.epoch, answer);
+        let now = Instant::now();
+        let changed = self.registry.called_back(now, &call.id, call.epoch, answer);
+        self.confirm(now, &call.id, call.epoch);
         if let Some(instance) = changed {
             info!(id = instance.id, epoch = instance.epoch, standing = ?instance.standing,
                   "call-back");
@@ -225,6 +241,7 @@ impl Registration {
                 "gone: no heartbeat for three periods"
             );
         }
+        self.forget_routes();
         for dispute in self.registry.disputes() {
             error!("{dispute}");
         }

@@ -13,7 +13,7 @@ pub(crate) fn leg_headers(client: &HeaderMap, id: HeaderValue, access: &Access) 
     }
     if let Some(key) = engine_key(access) {
         headers.insert(header::AUTHORIZATION, key);
-    } else if !access.api_key.is_empty() {
+    } else if access.asks_clients() {
         // The client's key is for this proxy only, and engines must not learn the key.
         headers.remove(header::AUTHORIZATION);
     }
@@ -30,9 +30,8 @@ pub(crate) fn call_headers(access: &Access) -> HeaderMap {
 
 /// Returns the value of `Authorization` for engines; `None` without an engine key.
 fn engine_key(access: &Access) -> Option<HeaderValue> {
-    // The conversion cannot fail: `Access::problems` has checked at the start that keys are printable
-    // ASCII.
-    let key = access.engine_key.as_ref()?;
+    // The conversion cannot fail: keys are checked when they are read, and are printable ASCII.
+    let key = access.key_for_engines()?;
     HeaderValue::try_from(format!("Bearer {key}")).ok()
 }
 

@@ -9,6 +9,9 @@ use http::header::AUTHORIZATION;
 use ipnet::IpNet;
 use subtle::ConstantTimeEq;
 
+mod files;
+
+use self::files::KeyFiles;
 use crate::openai::error::{ApiError, Code};
 use crate::openai::origin::{refuse_pages, require_local};
 
@@ -26,15 +29,16 @@ pub struct Access {
     )]
     pub api_key: Vec<String>,
 
-    /// Key for the endpoints that change the proxy. Without this key, only clients on this host may use
-    /// these endpoints.
+    /// Keys for the endpoints that change the proxy, separated by commas. Without such a key, only clients on this host
+    /// may use these endpoints.
     #[arg(
         long,
         env = "PD_PROXY_ADMIN_KEY",
         value_name = "KEY",
+        value_delimiter = ',',
         hide_env_values = true
     )]
-    pub admin_key: Option<String>,
+    pub admin_key: Vec<String>,
 
     /// Key that the proxy sends to engines instead of the client's key.
     #[arg(
@@ -44,6 +48,10 @@ pub struct Access {
         hide_env_values = true
     )]
     pub engine_key: Option<String>,
+
+    /// Keys in files.
+    #[command(flatten)]
+    pub files: KeyFiles,
 
     /// Hosts that instances may have, separated by commas: names, `*.domain`, addresses, networks as
     /// `10.0.0.0/8`. If no host is given, every host is permitted.
@@ -63,12 +71,12 @@ impl Access {
         let admin = self.admin_key.iter().map(|key| ("--admin-key", key));
         let keys = self.api_key.iter().map(|key| ("--api-key", key));
         let bad = |(flag, key): (&str, &String)| {
-            let ok = !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
-            (!ok).then(|| {
+            (!is_key(key)).then(|| {
                 format!("{flag}: a key must be printable ASCII without spaces, and not empty")
             })
         };
         let mut problems: Vec<_> = keys.chain(admin).chain(engine).filter_map(bad).collect();
+        problems.extend(self.files.problems());
         for host in &self.allow {
             if host.contains('/') && host.parse::<IpNet>().is_err() {
                 problems.push(format!("--allow {host}: write a network as 10.0.0.0/8"));
@@ -79,6 +87,30 @@ impl Access {
             }
         }
         problems
+    }
+
+    /// Returns true if clients need a key.
+    pub(crate) fn asks_clients(&self) -> bool {
+        !self.api_key.is_empty() || self.files.api_key_file.is_some()
+    }
+
+    /// Returns true if there is an admin key.
+    fn asks_admins(&self) -> bool {
+        !self.admin_key.is_empty() || self.files.admin_key_file.is_some()
+    }
+
+    /// Returns the key for engines; `None` if there is none.
+    pub(crate) fn key_for_engines(&self) -> Option<String> {
+        let of_file = || self.files.present().engine.clone();
+        self.engine_key.clone().or_else(of_file)
+    }
+
+    fn is_client(&self, headers: &HeaderMap) -> bool {
+        holds(headers, [&self.api_key, &self.files.present().api])
+    }
+
+    fn is_admin(&self, headers: &HeaderMap) -> bool {
+        holds(headers, [&self.admin_key, &self.files.present().admin])
     }
 
     /// Checks that the proxy may connect to all these hosts.
@@ -125,7 +157,7 @@ impl std::fmt::Debug for Access {
 /// # Errors
 /// The client has no key, or a wrong key.
 pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiError> {
-    if access.api_key.is_empty() || holds(headers, &access.api_key) {
+    if !access.asks_clients() || access.is_client(headers) {
         return Ok(());
     }
     Err(ApiError::new(
@@ -134,8 +166,8 @@ pub(crate) fn may_ask(access: &Access, headers: &HeaderMap) -> Result<(), ApiErr
     ))
 }
 
-/// Checks that a client may change the proxy: it has the admin key or, if `--admin-key` is not set, it
-/// is a program on this host.
+/// Checks that a client may change the proxy: it has an admin key or, if there is no such key, it is a
+/// program on this host.
 ///
 /// # Errors
 /// The client must not change the proxy.
@@ -144,17 +176,13 @@ pub(crate) fn may_change(
     headers: &HeaderMap,
     peer: Option<IpAddr>,
 ) -> Result<(), ApiError> {
-    let allowed = match &access.admin_key {
-        Some(key) => holds(headers, std::slice::from_ref(key)),
-        None => peer.is_some_and(|peer| peer.to_canonical().is_loopback()),
-    };
-    if allowed {
+    let is_local = || peer.is_some_and(|peer| peer.to_canonical().is_loopback());
+    match access.asks_admins() {
         // A web page does not know the key, and a browser does not add a key by itself. So a request
         // with the right key needs no further check.
-        return match access.admin_key {
-            Some(_) => Ok(()),
-            None => require_local(headers),
-        };
+        true if access.is_admin(headers) => return Ok(()),
+        false if is_local() => return require_local(headers),
+        _ => {}
     }
     Err(ApiError::new(
         Code::NotPermitted,
@@ -173,8 +201,8 @@ pub(crate) fn may_read(
     headers: &HeaderMap,
     peer: Option<IpAddr>,
 ) -> Result<(), ApiError> {
-    if let Some(key) = &access.admin_key {
-        return match holds(headers, std::slice::from_ref(key)) {
+    if access.asks_admins() {
+        return match access.is_admin(headers) {
             true => Ok(()),
             false => Err(ApiError::new(
                 Code::NotPermitted,
@@ -195,7 +223,12 @@ fn is_host(text: &str) -> bool {
     is_name || text.parse::<IpNet>().is_ok() || text.parse::<IpAddr>().is_ok()
 }
 
-fn holds(headers: &HeaderMap, keys: &[String]) -> bool {
+/// Returns true if a header can have the key.
+fn is_key(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())
+}
+
+fn holds(headers: &HeaderMap, keys: [&Vec<String>; 2]) -> bool {
     let value = headers
         .get(AUTHORIZATION)
         .map_or(&[][..], |value| value.as_bytes());
@@ -207,7 +240,7 @@ fn holds(headers: &HeaderMap, keys: &[String]) -> bool {
     };
     // The comparison covers every key and takes constant time, so that a client learns nothing about a
     // key from the time of an answer.
-    keys.iter().fold(false, |found, key| {
+    keys.into_iter().flatten().fold(false, |found, key| {
         found | bool::from(key.as_bytes().ct_eq(given))
     })
 }

@@ -15,7 +15,7 @@ pub(crate) mod write_timeout;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use common::identity::Identity;
+use common::identity::{Identity, Watch};
 use tokio::net::TcpListener;
 use tokio::select;
 use tokio::sync::{mpsc, watch};
@@ -42,6 +42,8 @@ use crate::upstream::tls::TlsError;
 pub struct Proxy {
     /// The key of this process and the roster; absent if no sidecar proves a key.
     identity: Option<Identity>,
+    /// The files with the keys of HTTP clients and of engines.
+    key_files: Watch,
     app: Arc<App>,
     listener: TcpListener,
     listen: SocketAddr,
@@ -116,6 +118,7 @@ impl Proxy {
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let listen = listener.local_addr().map_err(failed)?;
         let identity = config.keys.identity().map_err(BindError::Instances)?;
+        let key_files = config.access.files.load().map_err(BindError::Instances)?;
         let port = ports::bind(config.addresses.registration(), identity.as_ref()).await?;
         // The registration task and the requests communicate over these channels.
         let (published, instances) = watch::channel(Instances::from([]));
@@ -143,6 +146,7 @@ impl Proxy {
         let inputs = Inputs {
             port,
             p2p,
+            identity: identity.clone(),
             suspected,
             commanded,
         };
@@ -150,6 +154,7 @@ impl Proxy {
             kv_events: KvEvents::new(Arc::clone(&app), questioned),
             registration: Registration::new(Arc::clone(&app), inputs, published, configured),
             identity,
+            key_files,
             app,
             listener,
             listen,
@@ -205,6 +210,18 @@ impl Proxy {
                     biased;
                     () = closing.cancelled() => {}
                     () = identity.follow() => {}
+                }
+                Ok(())
+            });
+        }
+        // Without such files SIGHUP ends the proxy, as it ends other programs.
+        if !self.key_files.is_empty() {
+            let (files, closing) = (app.config.access.files.clone(), closing.clone());
+            tasks.spawn(async move {
+                tokio::select! {
+                    biased;
+                    () = closing.cancelled() => {}
+                    () = self.key_files.run(|| files.reread()) => {}
                 }
                 Ok(())
             });

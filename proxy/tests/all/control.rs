@@ -1,5 +1,8 @@
 //! Tests of the endpoints that change a running proxy, and of the permission to use them.
 
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use http::Method;
 use serde_json::{Value, json};
@@ -215,6 +218,61 @@ async fn keys() {
         rig.client.post_with("/mode/ppd", &headers, "").await.status,
         200
     );
+}
+
+/// Several keys of a file are valid at once, and the proxy reads a changed file while it runs.
+#[tokio::test]
+async fn keys_from_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let (new, path) = (folder.path().join("new"), folder.path().join(name));
+        std::fs::write(&new, text).unwrap();
+        std::fs::set_permissions(&new, PermissionsExt::from_mode(0o600)).unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let api = write("api", "# clients\none\n\ntwo\n");
+    let admin = write("admin", "boss\n");
+    let engine = write("engine", "inner\n");
+    let rig = Rig::start(&[
+        "--api-key-file",
+        &api,
+        "--admin-key-file",
+        &admin,
+        "--engine-key-file",
+        &engine,
+    ])
+    .await;
+    let (d, _sidecar) = rig
+        .instance_unseen("d", crate::support::sidecar::Role::Decode)
+        .await;
+    rig.until("/ready", |ready| ready["ready"] == true).await;
+    let body = json!({"model": "m", "prompt": "hello"}).to_string();
+    let post = async |path: &str, key: &str, body: String| {
+        let key = format!("Bearer {key}");
+        let headers = [("authorization", &*key)];
+        let answer = rig.client.post_with(path, &headers, body).await;
+        answer.status.as_u16()
+    };
+    let asks = async |key: &str| post(COMPLETIONS, key, body.clone()).await;
+    let changes = async |key: &str| post("/mode/ppd", key, String::new()).await;
+    let seen = || d.seen().last().unwrap().headers["authorization"].clone();
+    for (key, status) in [("one", 200), ("two", 200), ("boss", 401)] {
+        assert_eq!(asks(key).await, status, "{key}");
+    }
+    assert_eq!(seen(), "Bearer inner");
+    assert_eq!((changes("boss").await, changes("one").await), (200, 403));
+
+    write("engine", "other\n");
+    write("admin", "chief\nboss\n");
+    write("api", "two\nthree\n");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while asks("three").await != 200 || changes("chief").await != 200 || seen() != "Bearer other" {
+        assert!(Instant::now() < deadline, "the files are not read again");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!((asks("one").await, asks("two").await), (401, 200));
+    assert_eq!(changes("boss").await, 200);
 }
 
 #[tokio::test]

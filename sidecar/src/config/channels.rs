@@ -1,15 +1,17 @@
-//! The channels of a configuration with the protection of each, for `check-config`.
+//! The channels of a configuration with the protection of each, for `check-config` and `/status`.
 
 use common::identity::Auth;
+use serde::Serialize;
 
 use super::{Config, ProxyAddress};
 use crate::transport::Kind;
 use crate::transport::protection::Protection;
 
 /// A channel on which other processes talk to this sidecar.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Channel {
     /// Name, as in PROTOCOL.md.
+    #[serde(rename = "channel")]
     pub(crate) name: String,
     /// The address that this sidecar binds, or to which it connects.
     pub(crate) address: String,
@@ -85,11 +87,14 @@ pub(crate) fn of(config: &Config) -> Vec<Channel> {
             ),
         );
     }
-    add(
-        "admin",
-        config.admin.to_string(),
-        "none: any process can read the status and metrics, and ask for a drain".to_owned(),
-    );
+    // The unix socket, and not this port, takes the command to drain.
+    let admin = match auth {
+        Auth::Require => {
+            "none: any process can read health and metrics; programs of this host can read the status"
+        }
+        Auth::Prefer | Auth::Off => "none: any process can read the status and metrics",
+    };
+    add("admin", config.admin.to_string(), admin.to_owned());
     if let Some(host) = &config.ucx.tcp_host {
         add(
             "UCX over TCP",

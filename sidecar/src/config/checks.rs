@@ -122,6 +122,7 @@ pub(crate) fn config(
         data,
         ucx: ucx?,
         transport: value(&sidecar.transport)?,
+        peers_from_proxy: value(&sidecar.peers_from_proxy)?,
         checksum: value(&sidecar.checksum)?,
         push: value(&sidecar.push)?,
         times: times?,

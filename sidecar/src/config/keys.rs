@@ -135,6 +135,9 @@ keys! {
         /// File with the public keys of all peers and of this process: a YAML map from each key to `name`, `roles` and
         /// `hosts`. The sidecar reads the file again when it changes, and at SIGHUP.
         roster: String = Default::None, flag "--roster";
+        /// Uses, in addition to the roster, the senders and receivers that the proxy names. The roster then needs only this
+        /// process and the proxy. The roster has precedence. A proxy can then let any process in.
+        peers_from_proxy: bool = Default::Value("off");
         /// Protection of KV over the built-in TCP transport, between peers that prove keys. `authenticated`: nobody on
         /// the path can change or add bytes. `sealed`: nobody on the path can read them either. `plain`: a write needs
         /// only its lease's random id, which the encrypted alloc channel tells. If the two sides differ, the stronger

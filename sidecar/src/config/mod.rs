@@ -31,6 +31,7 @@ use std::time::Duration;
 use common::identity::Identity;
 use discovery::Metadata;
 
+pub(crate) use self::channels::Channel;
 pub(crate) use self::checks::socket_folder;
 pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 #[cfg(test)]
@@ -87,6 +88,8 @@ pub(crate) struct Config {
     pub(crate) ucx: Ucx,
     /// The wires that may be used.
     pub(crate) transport: Choice,
+    /// True if this sidecar also knows the peers that the proxy names.
+    pub(crate) peers_from_proxy: bool,
     /// True if chunks carry checksums.
     pub(crate) checksum: bool,
     /// False if the sidecar must push no KV. Only tests use this.
@@ -207,12 +210,17 @@ impl Config {
         let ignored = lmcache::read(&mut layers);
         let unknown = layers.unknown();
         let config = checks::config(&mut layers, inputs, &lmcache, &sidecar, &mooncake);
-        let channels = config.as_ref().map_or_else(Vec::new, channels::of);
+        let channels = config.as_ref().map_or_else(Vec::new, Config::channels);
         let report = Report::new(layers, channels, ignored, unknown, &inputs.env);
         match config {
             Some(config) if report.problems.is_empty() => Ok((config, report)),
             _ => Err(Box::new(report)),
         }
+    }
+
+    /// Returns every channel with its protection.
+    pub(crate) fn channels(&self) -> Vec<Channel> {
+        channels::of(self)
     }
 
     /// Returns true if a prefill engine may use this sidecar.

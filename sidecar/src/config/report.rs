@@ -5,7 +5,7 @@ use std::fmt::{self, Write};
 
 use serde_json::json;
 
-use super::channels::Channel;
+use super::Channel;
 use super::layers::Layers;
 use super::lmcache::Ignored;
 use super::problem::{Problem, Row};
@@ -78,9 +78,7 @@ impl Report {
             "values": self.rows.iter().map(|row| json!({
                 "key": row.key, "value": row.value, "source": row.source,
             })).collect::<Vec<_>>(),
-            "channels": self.channels.iter().map(|c| json!({
-                "channel": c.name, "address": c.address, "protection": c.protection,
-            })).collect::<Vec<_>>(),
+            "channels": self.channels,
             "ignored": self.ignored.iter().map(|i| json!({
                 "key": i.key, "value": i.value, "source": i.source, "why": i.why,
             })).collect::<Vec<_>>(),

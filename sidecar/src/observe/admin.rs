@@ -27,7 +27,7 @@ use tracing::{info, warn};
 
 use crate::config::HostPort;
 use crate::observe::metrics::{self, Metrics};
-use crate::observe::status::Status;
+use crate::observe::status::{NotReady, Status};
 
 /// The server with its port bound.
 #[derive(Debug)]
@@ -212,10 +212,11 @@ async fn registered(
     let name: String = call.proxy.chars().take(MAX_NAME_CHARS).collect();
     shared.status.acknowledged(&name, now);
     shared.metrics.proxy.acknowledged();
-    let reasons: Vec<_> = shared
-        .status
-        .obstacles(now)
+    let obstacles = shared.status.obstacles(now);
+    // With keys the proxy confirms the registration only after this answer, so a missing confirmation is no reason here.
+    let reasons: Vec<_> = obstacles
         .iter()
+        .filter(|obstacle| !matches!(obstacle, NotReady::NoProxy(..)))
         .map(ToString::to_string)
         .collect();
     Json(Acknowledged {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use common::identity::{Identity, Role as Part};
 use common::zmq::{Closed, Listener, Protection, Push};
 use discovery::{EVERY, Metadata, PROXY_KEY, Store};
@@ -76,6 +77,15 @@ impl Outlet for ProxyDiscovery {
             match &mut self.push {
                 Some(push) => push.listener().await,
                 None => Listener::Nobody,
+            }
+        })
+    }
+
+    fn heard(&mut self) -> BoxFuture<'_, Bytes> {
+        Box::pin(async {
+            match &mut self.push {
+                Some(push) => push.heard().await,
+                None => std::future::pending().await,
             }
         })
     }

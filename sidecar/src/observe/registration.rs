@@ -1,7 +1,7 @@
 //! Registers this sidecar and its load with the proxy, and reports the progress of requests.
 //!
-//! The messages go in one direction only: the proxy acknowledges a registration by an HTTP call to the admin
-//! server. One task owns the socket and sends all messages, so no other task waits for the proxy.
+//! Without keys the messages go in one direction only: the proxy acknowledges a registration by an HTTP call to the admin
+//! server. A proxy that proves a key also answers: it confirms the registration, or says why it does not. One task owns the socket and sends all messages, so no other task waits for the proxy.
 //!
 //! LMCache's proxy also listens on a registration port, but it does not call back. When LMCache's proxy
 //! receives a message that it does not know, it closes the port for ever, and each of its clients then waits
@@ -9,21 +9,25 @@
 //! connected before it sends a message.
 
 mod metrics;
+mod peers;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use common::zmq::Listener;
 use futures::future::BoxFuture;
 use protocol::codec;
-use protocol::registration::ToProxy;
+use protocol::registration::{FromProxy, Peers, Registered, ToProxy};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::config::Config;
 use crate::observe::status::Status;
+
+use self::peers::PeerList;
 
 pub(crate) use self::metrics::{DeliveryResult, ProxyMetrics};
 
@@ -38,6 +42,9 @@ pub(crate) trait Outlet: Send + 'static {
 
     /// Returns the kind of proxy that is connected now. Waits only for the socket's own task.
     fn listener(&mut self) -> BoxFuture<'_, Listener>;
+
+    /// Waits for the next message of the proxy. Only a proxy that has proved a key sends messages.
+    fn heard(&mut self) -> BoxFuture<'_, Bytes>;
 
     /// Sends the queued messages for a limited time, then closes.
     fn close(self) -> BoxFuture<'static, ()>;
@@ -77,6 +84,7 @@ pub(crate) struct Registration<O> {
     admin_port: u16,
     status: Arc<Status>,
     metrics: ProxyMetrics,
+    peers: PeerList,
 }
 
 impl<O: Outlet> Registration<O> {
@@ -100,6 +108,7 @@ impl<O: Outlet> Registration<O> {
             admin_port,
             status,
             metrics,
+            peers: PeerList::default(),
         };
         (voice, task)
     }
@@ -142,6 +151,7 @@ impl<O: Outlet> Registration<O> {
                     }
                     None => break,
                 },
+                message = self.outlet.heard() => self.on_message(&message),
             }
         }
         while let Ok(message) = self.queue.try_recv() {
@@ -151,6 +161,49 @@ impl<O: Outlet> Registration<O> {
             self.send(&ToProxy::Leave(self.status.leave())).await;
         }
         self.outlet.close().await;
+    }
+
+    /// Handles a message of a proxy that has proved a key.
+    fn on_message(&mut self, bytes: &[u8]) {
+        match codec::decode(bytes) {
+            Ok(FromProxy::Registered(registered)) => self.on_registered(&registered),
+            Ok(FromProxy::Peers(part)) => self.on_peers(part),
+            // A newer proxy may send messages that this sidecar does not know.
+            Err(error) => debug!(%error, "message of the proxy ignored"),
+        }
+    }
+
+    /// Uses the peers that the proxy names, if the configuration says so.
+    fn on_peers(&mut self, part: Peers) {
+        let identity = self.config.identity.as_ref();
+        let Some(identity) = identity.filter(|_| self.config.peers_from_proxy) else {
+            return;
+        };
+        let learned = match self.peers.take(part) {
+            Ok(None) => return,
+            Ok(Some(peers)) => identity.learn(&peers).map_err(|all| all.join("; ")),
+            Err(error) => Err(error),
+        };
+        match learned {
+            Ok(count) => info!(peers = count, "the proxy has named peers"),
+            Err(error) => warn!("the peers that the proxy has named are not used: {error:.512}"),
+        }
+    }
+
+    /// Notes what the proxy says about this sidecar's registration.
+    fn on_registered(&self, registered: &Registered) {
+        let about = self.status.about();
+        if registered.id != about.id || registered.epoch != about.epoch {
+            return; // about an earlier process with this id
+        }
+        let trouble: String = registered.trouble.chars().take(MAX_TROUBLE).collect();
+        let now = Instant::now();
+        let news = self.status.answered(registered.confirmed, trouble, now);
+        match news {
+            Some(trouble) if trouble.is_empty() => info!("the proxy has confirmed this sidecar"),
+            Some(trouble) => warn!("the proxy does not send requests here: {trouble}"),
+            None => {}
+        }
     }
 
     async fn register(&mut self) -> Listener {
@@ -202,6 +255,9 @@ fn kind(message: &ToProxy) -> &'static str {
         ToProxy::ProxyNotif(_) => "proxy_notif",
     }
 }
+
+/// Longest text of the proxy that is kept, in characters.
+const MAX_TROUBLE: usize = 512;
 
 /// Longest time between two attempts to register while the proxy is not connected yet.
 const CONNECTING: Duration = Duration::from_millis(200);

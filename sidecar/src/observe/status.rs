@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use common::identity::Auth;
 use common::zmq::{Listener, Traffic};
 use protocol::record::Record;
 use protocol::registration::{Leave, Register};
@@ -21,7 +22,7 @@ pub(crate) use self::shape::{
     Snapshot,
 };
 
-use crate::config::Config;
+use crate::config::{Channel, Config};
 use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, KeptStatus, LinkStatus, RankRole};
 use crate::transport::set::Wires;
@@ -47,6 +48,10 @@ pub(crate) struct About {
     pub(crate) roles: Vec<(RankRole, u32)>,
     /// The proxy's registration port; absent without a proxy.
     pub(crate) proxy: Option<String>,
+    /// True if the proxy must prove a key, so that only its answers on the registration channel count.
+    pub(crate) proxy_proves_key: bool,
+    /// Every channel with its protection.
+    pub(crate) channels: Vec<Channel>,
 }
 
 /// A counter of events on a wire, or a current number, such as the number of a wire's peers.
@@ -74,7 +79,13 @@ struct Inner {
     links: BTreeMap<u32, Vec<LinkRow>>,
     kept: BTreeMap<u32, Vec<KeptStatus>>,
     records: VecDeque<RecordRow>,
-    acknowledged: Option<(Instant, String)>,
+    /// Time of the proxy's last acknowledgement.
+    acknowledged: Option<Instant>,
+    /// The proxy's name in its last call-back; empty before the first.
+    name: String,
+    /// The proxy's last answer: the reason why it has not confirmed this sidecar, empty if it has; `None` before the first
+    /// answer.
+    trouble: Option<String>,
     /// The kind of proxy that was connected last.
     listener: Option<Listener>,
     listens: Vec<Listens>,
@@ -103,6 +114,8 @@ impl Status {
                 role: config.role.as_str(),
                 roles,
                 proxy: config.proxy.as_ref().map(|p| p.address.to_string()),
+                proxy_proves_key: config.identity.as_ref().map(|i| i.auth()) == Some(Auth::Require),
+                channels: config.channels(),
             },
             inner: Mutex::new(Inner {
                 ranks,
@@ -129,9 +142,35 @@ impl Status {
         self.changed.notify_one();
     }
 
-    /// Notes that the proxy has called back.
+    /// Notes that the proxy has called back. With `sidecar.auth: require` the call proves nothing, because the HTTP call
+    /// of a stranger would look the same: then the proxy's answers on the registration channel count.
     pub(crate) fn acknowledged(&self, proxy: &str, now: Instant) {
-        self.inner().acknowledged = Some((now, proxy.to_owned()));
+        let mut inner = self.inner();
+        proxy.clone_into(&mut inner.name);
+        if !self.about.proxy_proves_key {
+            inner.acknowledged = Some(now);
+        }
+    }
+
+    /// Notes the proxy's answer to the registration. Returns the trouble if it has changed; an empty text means that the
+    /// proxy has confirmed the registration.
+    pub(crate) fn answered(
+        &self,
+        confirmed: bool,
+        trouble: String,
+        now: Instant,
+    ) -> Option<String> {
+        let mut inner = self.inner();
+        if confirmed {
+            inner.acknowledged = Some(now);
+        } else if trouble.is_empty() {
+            return None; // the first call-back is still under way
+        }
+        if inner.trouble.as_deref() == Some(&*trouble) {
+            return None;
+        }
+        inner.trouble = Some(trouble.clone());
+        Some(trouble)
     }
 
     /// Notes the kind of proxy that is connected. A proxy that is away may come back, so `Nobody` is not
@@ -287,16 +326,14 @@ impl Status {
             ranks: inner.ranks.values().cloned().collect(),
             links: inner.links.values().flatten().cloned().collect(),
             listens: inner.listens.clone(),
+            channels: self.about.channels.clone(),
             proxy: self.about.proxy.clone().map(|address| ProxyStatus {
                 address,
+                trouble: inner.trouble.clone().filter(|trouble| !trouble.is_empty()),
                 calls_back: inner.listener != Some(Listener::Lmcache),
-                name: inner
-                    .acknowledged
-                    .as_ref()
-                    .map_or(String::new(), |(_, name)| name.clone()),
-                acknowledged_ms_ago: inner.acknowledged.as_ref().map(|(at, _)| {
-                    u64::try_from(now.saturating_duration_since(*at).as_millis())
-                        .unwrap_or(u64::MAX)
+                name: inner.name.clone(),
+                acknowledged_ms_ago: inner.acknowledged.map(|at| {
+                    u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX)
                 }),
             }),
         }
@@ -310,7 +347,7 @@ impl Status {
         let ready = inner
             .obstacles(&self.about, now)
             .iter()
-            .all(|o| matches!(o, NotReady::NoProxy(_)));
+            .all(|o| matches!(o, NotReady::NoProxy(..)));
         let listen = config.listen.as_ref();
         let ports = |of: fn(&crate::config::RankPorts) -> u16| {
             listen.map_or(Vec::new(), |l| l.ranks.iter().map(of).collect())
@@ -398,10 +435,10 @@ impl Inner {
         {
             let lately = self
                 .acknowledged
-                .as_ref()
-                .is_some_and(|(at, _)| now.saturating_duration_since(*at) <= ACKNOWLEDGED_FOR);
+                .is_some_and(|at| now.saturating_duration_since(at) <= ACKNOWLEDGED_FOR);
             if !lately {
-                obstacles.push(NotReady::NoProxy(proxy.clone()));
+                let trouble = self.trouble.clone().unwrap_or_default();
+                obstacles.push(NotReady::NoProxy(proxy.clone(), trouble));
             }
         }
         obstacles

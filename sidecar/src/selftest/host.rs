@@ -110,6 +110,7 @@ impl Selftest {
             ucx: Ucx::default(),
             transport: Choice::Only(wire),
             // The self-test then also covers the code that computes and compares checksums.
+            peers_from_proxy: false,
             checksum: true,
             push: true,
             // These times are shorter than the defaults, so that the test fails within seconds if a wire

@@ -86,7 +86,7 @@ fn every_mistake_names_field_and_cure() {
         ),
         (
             "{K}: {name: a, roles: [proxy], host: [h]}\n",
-            "{K}: host: unknown; write name, roles and hosts",
+            "{K}: host: unknown; write name, roles, hosts and replicas",
         ),
         (
             "{K}: {name: a, roles: [proxy]}\n{K}: {name: b, roles: [proxy]}\n",
@@ -117,5 +117,56 @@ fn a_name_has_at_most_two_keys_with_the_same_rights() {
         "{more}"
     );
     let other = format!("{A}: {{name: a, roles: [sender]}}\n{B}: {{name: a, roles: [proxy]}}\n");
-    assert!(mistakes(&other).contains("a: its keys have different roles or hosts"));
+    assert!(mistakes(&other).contains("a: its keys have different roles, hosts or replicas"));
+}
+
+#[test]
+fn replicas_have_names_of_their_own() {
+    let text = format!(
+        "{A}: {{name: web, roles: [sender], replicas: true}}\n{B}: {{name: one, roles: [sender]}}\n"
+    );
+    let roster = Roster::parse(&text).unwrap();
+    let (web, one) = (roster.named("web").unwrap(), roster.named("one").unwrap());
+    for (id, of_web, of_one) in [
+        ("web", true, false),
+        ("web-1", true, false),
+        ("web-", false, false),
+        ("web1", false, false),
+        ("", false, false),
+        ("one", false, true),
+        ("one-1", false, false),
+        ("web-1/0", false, false),
+    ] {
+        assert_eq!(
+            (web.is_called(id), one.is_called(id)),
+            (of_web, of_one),
+            "{id}"
+        );
+    }
+    for (id, of_web, of_one) in [
+        ("web-1/0", true, false),
+        ("web-1", true, false),
+        ("one/7", false, true),
+        ("one1/7", false, false),
+        ("/7", false, false),
+    ] {
+        assert_eq!(
+            (web.has_rank(id), one.has_rank(id)),
+            (of_web, of_one),
+            "{id}"
+        );
+    }
+    // A process with the name web-1 and a key of its own could not be told from a replica.
+    let found = mistakes(&format!("{text}{C}: {{name: web-1, roles: [sender]}}\n"));
+    assert!(
+        found.contains("web: replicas: they may have the name web-1"),
+        "{found}"
+    );
+    let found = mistakes(&format!(
+        "{A}: {{name: web, roles: [sender], replicas: 2}}\n"
+    ));
+    assert!(
+        found.contains("replicas: write true if several processes use the key"),
+        "{found}"
+    );
 }

@@ -35,6 +35,8 @@ pub(crate) enum News {
         socket: Option<SocketType>,
         /// The identity of the peer's socket, which the peer has chosen.
         identity: Bytes,
+        /// True if the peer has proved a key.
+        is_keyed: bool,
     },
     /// A message.
     Message(Bytes),
@@ -175,7 +177,8 @@ impl Task {
         let peer = stream
             .peer()
             .map_or_else(|e| e.to_string(), |a| a.to_string());
-        let socket = match stream.is_keyed() {
+        let is_keyed = stream.is_keyed();
+        let socket = match is_keyed {
             true => self.ours.socket,
             false => self.plain,
         };
@@ -200,6 +203,7 @@ impl Task {
                             News::Connected {
                                 socket: peer_properties.socket_type,
                                 identity: peer_properties.identity.clone().unwrap_or_default(),
+                                is_keyed,
                             }
                         }
                         Some((_, PeerEvent::Event(Event::Message(message)))) => match payload(&message) {

@@ -221,19 +221,23 @@ impl Router {
         self.revoke();
     }
 
-    /// Ends the connections whose keys the roster no longer permits.
+    /// Ends the connections whose keys the roster no longer permits, and gives the others their present entries.
     fn revoke(&mut self) {
         let expected = Expected {
             roles: self.keyed.roles,
             ..Expected::default()
         };
-        for peer in self.peers.values() {
-            let Some((key, member)) = &peer.owner else {
+        for peer in self.peers.values_mut() {
+            let Some((key, member)) = &mut peer.owner else {
                 continue;
             };
-            let now = expected.check(&self.keyed.identity, key);
-            if now.is_ok_and(|now| now.name == member.name) {
-                continue;
+            match expected.check(&self.keyed.identity, key) {
+                Ok(now) if now.name == member.name => {
+                    // Later messages are judged by the hosts and roles of the present roster.
+                    *member = now;
+                    continue;
+                }
+                _ => {}
             }
             let total = self.traffic.refused("revoked");
             if rare(total) {

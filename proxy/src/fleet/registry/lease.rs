@@ -20,6 +20,8 @@ pub(super) struct Lease {
     pub(super) said_ready: bool,
     /// Time of the last answer with this id and epoch; `None` before the first answer.
     pub(super) answered: Option<Instant>,
+    /// The reason why the last call-back failed; empty if it did not fail.
+    pub(super) trouble: String,
 }
 
 impl Lease {

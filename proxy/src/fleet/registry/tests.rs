@@ -106,6 +106,41 @@ fn only_a_confirmed_instance_is_ready() {
     assert_eq!(w.after(1000).due(), [("d".into(), 1)], "every five seconds");
 }
 
+/// A sidecar that has proved a key learns this from the proxy.
+#[test]
+fn a_registration_is_confirmed_while_call_backs_are_answered() {
+    let mut w = World::new();
+    w.register("d", 1).unwrap();
+    let none = (false, String::new());
+    assert_eq!(
+        w.registry.confirmation(w.now, "d", 1),
+        none,
+        "no call-back yet"
+    );
+    w.due();
+    w.answer("d", 1, Answer::Silent("refused".into()));
+    let failed = || "the call-back failed: refused".to_owned();
+    assert_eq!(w.registry.confirmation(w.now, "d", 1), (false, failed()));
+    w.answer("d", 1, not_ready());
+    assert_eq!(
+        w.registry.confirmation(w.now, "d", 1),
+        (true, String::new())
+    );
+    w.after(5000)
+        .answer("d", 1, Answer::Silent("refused".into()));
+    assert_eq!(w.registry.confirmation(w.now, "d", 1), (true, failed()));
+    w.after(10_000);
+    assert_eq!(w.registry.confirmation(w.now, "d", 1), (false, failed()));
+    assert!(!w.registry.confirmation(w.now, "d", 2).0, "another epoch");
+    w.answer("d", 1, Answer::Stranger);
+    let (confirmed, trouble) = w.registry.confirmation(w.now, "d", 1);
+    assert!(
+        !confirmed && trouble.contains("another id or epoch"),
+        "{trouble}"
+    );
+    assert!(!w.registry.holds("d", 1));
+}
+
 #[test]
 fn answers() {
     let check = |answer: Answer, expect: &[&str]| {

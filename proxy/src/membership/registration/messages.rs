@@ -6,6 +6,7 @@ use common::identity::{Member, Role};
 use common::zmq::Frame;
 use protocol::RequestId;
 use protocol::codec;
+use protocol::receiver::Route;
 use protocol::registration::{InstanceRole, Register, ToProxy};
 use tracing::{debug, info, warn};
 
@@ -18,7 +19,7 @@ use crate::telemetry::labels::Message;
 impl Registration {
     /// Handles the registration of a P2P NCCL instance.
     pub(super) fn on_p2p_hello(&mut self, frame: Frame) -> News {
-        let (Frame::Single(bytes) | Frame::Last(bytes) | Frame::Of(_, bytes)) = frame else {
+        let (Frame::Single(bytes) | Frame::Last(bytes) | Frame::Of(_, _, bytes)) = frame else {
             self.app.metrics.message(Message::Malformed);
             return News::None;
         };
@@ -72,16 +73,26 @@ impl Registration {
 
     /// Decodes and handles a message on the sidecars' registration port.
     pub(super) fn take(&mut self, frame: Frame) -> News {
+        let mut answered = None;
         let message = match frame {
-            Frame::Of(member, bytes) => codec::decode::<ToProxy>(&bytes)
-                .map_err(|e| e.to_string())
-                .and_then(|message| may_say(&member, &message).map(|()| message)),
+            Frame::Of(member, route, bytes) => match codec::decode::<ToProxy>(&bytes) {
+                Ok(message) => {
+                    if let ToProxy::Register(register) = &message {
+                        answered = Some((route, register.id.clone(), register.epoch.0));
+                    }
+                    may_say(&member, &message).map(|()| message)
+                }
+                Err(error) => Err(error.to_string()),
+            },
             Frame::Single(bytes) => codec::decode::<ToProxy>(&bytes).map_err(|e| e.to_string()),
             Frame::Last(_) | Frame::Odd => Err("the message has more than one frame".into()),
         };
         match message {
-            Ok(message) => self.heard(message),
+            Ok(message) => self.heard(message, answered.map(|(route, ..)| route)),
             Err(error) => {
+                if let Some((route, id, epoch)) = answered {
+                    self.refuse(route, &id, epoch, &error);
+                }
                 self.app.metrics.message(Message::Malformed);
                 self.log_rate_limited(Instant::now(), &error);
                 debug!(error, "malformed message on the registration port");
@@ -90,22 +101,36 @@ impl Registration {
         }
     }
 
-    /// Handles a sidecar's message, and counts it by its kind.
-    fn heard(&mut self, message: ToProxy) -> News {
+    /// Handles a sidecar's message, and counts it by its kind. A sidecar with a `route` gets an answer to its registration.
+    fn heard(&mut self, message: ToProxy, route: Option<Route>) -> News {
         let now = Instant::now();
         let kind = match message {
-            ToProxy::Register(register) => match self.register(now, &register) {
-                Ok(Registered::New) => {
-                    info!(id = register.id, epoch = register.epoch.0, role = ?register.role,
-                          http = register.http, admin = register.admin, "registered");
-                    Message::Register
+            ToProxy::Register(register) => {
+                let (id, epoch) = (&register.id, register.epoch.0);
+                match self.register(now, &register) {
+                    Ok(known) => {
+                        if known == Registered::New {
+                            info!(id, epoch, role = ?register.role,
+                                  http = register.http, admin = register.admin, "registered");
+                        }
+                        if let Some(route) = route {
+                            let before = self.routes.insert((id.clone(), epoch), route);
+                            if before != Some(route) {
+                                self.tell_peers(route);
+                            }
+                            self.confirm(now, id, epoch);
+                        }
+                        Message::Register
+                    }
+                    Err(error) => {
+                        if let Some(route) = route {
+                            self.refuse(route, id, epoch, &error);
+                        }
+                        self.log_rate_limited(now, &error);
+                        Message::RegisterRefused
+                    }
                 }
-                Ok(Registered::Renewed) => Message::Register,
-                Err(error) => {
-                    self.log_rate_limited(now, &error);
-                    Message::RegisterRefused
-                }
-            },
+            }
             ToProxy::Leave(leave) => match self.registry.leave(now, &leave.id, leave.epoch.0) {
                 Some(gone) => {
                     info!(id = gone.id, epoch = gone.epoch, "instance left");
@@ -152,7 +177,7 @@ impl Registration {
     }
 }
 
-/// Checks that a message concerns its sender: the principal's own name, a role that the roster gives to it, and hosts
+/// Checks that a message concerns its sender: a name that the roster permits for its key, a role that the roster gives to it, and hosts
 /// that the roster gives to it. A member of the roster must not register, remove or report for another member.
 ///
 /// # Errors
@@ -164,7 +189,7 @@ fn may_say(member: &Member, message: &ToProxy) -> Result<(), String> {
         ToProxy::Progress(progress) => &progress.id,
         ToProxy::ProxyNotif(_) => return Ok(()), // names only a request
     };
-    if **id != *member.name {
+    if !member.is_called(id) {
         return Err(format!(
             "id: {} has proved its key, but the message is about {}",
             member.name,

@@ -1,3 +1,5 @@
+use std::os::unix::fs::PermissionsExt;
+
 use super::*;
 use crate::connectors::Connector;
 use crate::fleet::instance::{Instance, Named, Source};
@@ -36,7 +38,7 @@ fn changes() {
     none.insert(HOST, "rebound.example".parse().unwrap());
     assert!(may_change(&open, &none, from("127.0.0.1")).is_err());
     let keyed = Access {
-        admin_key: Some("k".into()),
+        admin_key: vec!["j".into(), "k".into()],
         ..Access::default()
     };
     assert!(may_change(&keyed, &none, from("127.0.0.1")).is_err());
@@ -50,7 +52,7 @@ fn changes() {
 fn pages() {
     let keys = |api: &[&str], admin: Option<&str>| Access {
         api_key: api.iter().map(|&key| key.to_owned()).collect(),
-        admin_key: admin.map(str::to_owned),
+        admin_key: admin.map(str::to_owned).into_iter().collect(),
         ..Access::default()
     };
     let reads = |access: &Access, key: Option<&str>, from: &str| {
@@ -120,4 +122,70 @@ fn hosts() {
         ..Access::default()
     };
     assert_eq!(bad.problems().len(), 5);
+}
+
+/// A file that cannot be used stops the start. While the proxy runs, such a file changes nothing.
+#[test]
+fn key_files_with_mistakes() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("api");
+    let write = |text: &str, mode: u32| {
+        std::fs::write(&file, text).unwrap();
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(mode)).unwrap();
+    };
+    let files = KeyFiles {
+        api_key_file: Some(file.clone()),
+        ..KeyFiles::default()
+    };
+    let access = Access {
+        files: files.clone(),
+        ..Access::default()
+    };
+    let mistakes = [
+        ("", 0o600, "no key in it; write one key per line"),
+        ("# none\n", 0o600, "no key in it"),
+        (
+            "one\ntwo words\n",
+            0o600,
+            "key 2: a key must be printable ASCII without spaces",
+        ),
+        ("one\n", 0o644, "chmod 600 the file"),
+    ];
+    for (text, mode, expected) in mistakes {
+        write(text, mode);
+        let problems = access.problems();
+        let begin = format!("--api-key-file {}: ", file.display());
+        assert!(
+            problems.len() == 1 && problems[0].starts_with(&begin),
+            "{problems:?}"
+        );
+        assert!(problems[0].contains(expected), "{problems:?}");
+        assert!(!problems[0].contains("two words"), "{problems:?}");
+        files.load().unwrap_err();
+    }
+    write("one\n", 0o600);
+    files.load().unwrap();
+    let asks = |key: &str| {
+        let mut headers = HeaderMap::new();
+        headers.insert(AUTHORIZATION, format!("Bearer {key}").parse().unwrap());
+        may_ask(&access, &headers).is_ok()
+    };
+    for (text, mode, _) in mistakes {
+        write(text, mode);
+        files.reread();
+        assert!(asks("one") && !asks("two"), "{text:?}");
+    }
+    std::fs::remove_file(&file).unwrap();
+    files.reread();
+    assert!(asks("one"), "a file that vanishes opens and locks nothing");
+    write("two\n", 0o600);
+    files.reread();
+    assert!(asks("two") && !asks("one"));
+
+    let two = KeyFiles {
+        engine_key_file: Some(file.clone()),
+        ..KeyFiles::default()
+    };
+    write("one\ntwo\n", 0o600);
+    assert!(two.problems()[0].contains("--engine-key-file: 2 keys"));
 }

@@ -22,6 +22,18 @@ pub(super) fn identity(layers: &mut Layers, sidecar: &Sidecar, role: Role) -> Op
                 ));
             }
         }
+        if let Some(given) = sidecar
+            .peers_from_proxy
+            .as_ref()
+            .filter(|given| given.value)
+        {
+            layers.wrong(
+                "sidecar.peers_from_proxy",
+                given,
+                "without keys anybody could name peers, and sidecar.auth is off",
+                "set sidecar.auth to require, with sidecar.key_file and sidecar.roster",
+            );
+        }
         return None;
     }
     let why = format!("because sidecar.auth is {}", auth.as_str());
@@ -71,11 +83,21 @@ pub(super) fn identity(layers: &mut Layers, sidecar: &Sidecar, role: Role) -> Op
     Some(identity)
 }
 
-/// Returns the name that the roster gives to this process. Peers know this name, so `sidecar.id` may be no other.
+/// Returns the name that the roster gives to this process. Peers know this name, so `sidecar.id` may be no other. If several
+/// processes use the key, `sidecar.id` tells them apart.
 pub(super) fn is_own_name(layers: &mut Layers, sidecar: &Sidecar, identity: &Identity) -> String {
-    let own = identity.own().map(|member| member.name.to_string());
-    let name = own.unwrap_or_default();
-    match sidecar.id.as_ref().filter(|given| given.value != name) {
+    let Some(own) = identity.own() else {
+        return String::new();
+    };
+    let name = own.name.to_string();
+    match &sidecar.id {
+        Some(given) if own.is_called(&given.value) => return given.value.clone(),
+        Some(given) if own.replicas => layers.wrong(
+            "sidecar.id",
+            given,
+            format!("in the roster the replicas of {name} have the key of this process"),
+            format!("write {name}- and a text of your own, for example the name of the pod"),
+        ),
         Some(given) => layers.wrong(
             "sidecar.id",
             given,
@@ -83,6 +105,13 @@ pub(super) fn is_own_name(layers: &mut Layers, sidecar: &Sidecar, identity: &Ide
             "remove sidecar.id, or write the same name in both",
         ),
         None => {
+            // Two processes with the same id would look like one process that has restarted.
+            if own.replicas {
+                layers.missing(
+                    super::key(Sidecar::KEYS, "id"),
+                    &format!("because {name} has replicas in the roster"),
+                );
+            }
             let source = Source::Key("sidecar.roster".to_owned());
             layers.computed("sidecar.id", name.clone(), &source);
         }

@@ -33,6 +33,10 @@ impl Outlet for Scripted {
         Box::pin(std::future::ready(Listener::Proxy))
     }
 
+    fn heard(&mut self) -> BoxFuture<'_, Bytes> {
+        Box::pin(std::future::pending())
+    }
+
     fn close(self) -> BoxFuture<'static, ()> {
         Box::pin(std::future::ready(()))
     }

@@ -7,6 +7,7 @@ use protocol::record::Record;
 use protocol::{Epoch, Layout, RequestId};
 use serde::Serialize;
 
+use crate::config::Channel;
 use crate::observe::listening::Listens;
 use crate::rank::context::{Gauges, LinkStatus, RankRole};
 
@@ -19,8 +20,9 @@ pub(crate) enum NotReady {
     NoEngine(RankRole, u32),
     /// The thread that serves a wire has ended.
     WireEnded(RankRole, u32, &'static str),
-    /// The proxy has not called back lately, so perhaps it does not know this sidecar.
-    NoProxy(String),
+    /// The proxy has not called back lately, so perhaps it does not know this sidecar. The second text is the reason that
+    /// the proxy gave; empty if it gave none.
+    NoProxy(String, String),
     /// The process is draining and will end.
     Draining,
 }
@@ -146,6 +148,8 @@ pub(crate) struct Snapshot {
     pub(crate) links: Vec<LinkRow>,
     /// Every socket on which this process listens.
     pub(crate) listens: Vec<Listens>,
+    /// Every channel of the configuration, with the check that a peer must pass.
+    pub(crate) channels: Vec<Channel>,
     /// The proxy; absent if none is configured.
     pub(crate) proxy: Option<ProxyStatus>,
 }
@@ -160,7 +164,10 @@ pub(crate) struct ProxyStatus {
     pub(crate) calls_back: bool,
     /// The proxy's name in its last call-back; empty before the first call-back.
     pub(crate) name: String,
-    /// Milliseconds since the proxy's last call-back; absent before the first call-back.
+    /// The reason why the proxy has not confirmed this sidecar; absent if it has, and if it proves no key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) trouble: Option<String>,
+    /// Milliseconds since the proxy's last call-back, or with keys since its last confirmation; absent before the first call-back.
     pub(crate) acknowledged_ms_ago: Option<u64>,
 }
 
@@ -250,11 +257,14 @@ impl fmt::Display for NotReady {
                  standard error, and restart this sidecar",
                 role.as_str()
             ),
-            Self::NoProxy(proxy) => write!(
-                f,
-                "the proxy at {proxy} has not acknowledged this sidecar within {} s",
-                ACKNOWLEDGED_FOR.as_secs()
-            ),
+            Self::NoProxy(proxy, trouble) => {
+                let colon = if trouble.is_empty() { "" } else { ": " };
+                write!(
+                    f,
+                    "the proxy at {proxy} has not acknowledged this sidecar within {} s{colon}{trouble}",
+                    ACKNOWLEDGED_FOR.as_secs()
+                )
+            }
             Self::Draining => f.write_str("draining"),
         }
     }

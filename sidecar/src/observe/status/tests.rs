@@ -345,3 +345,59 @@ async fn only_what_readiness_depends_on_wakes_the_registration() {
     status.draining();
     status.changed().await;
 }
+
+/// A stranger can send a call-back. So with keys only the proxy's answers on the registration channel count.
+#[test]
+fn with_keys_the_proxys_answers_count_and_not_its_call_backs() {
+    use common::identity::keygen;
+
+    let folder = tempfile::tempdir().unwrap();
+    let (key, roster) = (folder.path().join("key"), folder.path().join("roster"));
+    let public = keygen(&key).unwrap();
+    std::fs::write(
+        &roster,
+        format!("{public}: {{name: d0, roles: [receiver]}}\n"),
+    )
+    .unwrap();
+    let shown = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let (key, roster) = (shown(&key), shown(&roster));
+    for (auth, counts) in [("prefer", true), ("require", false)] {
+        let status = Status::new(&config(&[
+            ("--auth", auth),
+            ("--key-file", &key),
+            ("--roster", &roster),
+        ]));
+        let now = Instant::now();
+        let obstacle = || {
+            let all = reasons(&status, now).into_iter();
+            all.filter(|reason| reason.contains("has not acknowledged"))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(obstacle().len(), 1);
+        status.acknowledged("p", now);
+        assert_eq!(obstacle().is_empty(), counts, "{auth}");
+        if counts {
+            continue;
+        }
+        // The first answer comes before the first call-back, and says nothing.
+        assert_eq!(status.answered(false, String::new(), now), None);
+        let refusal = || "registration refused: no such host".to_owned();
+        assert_eq!(status.answered(false, refusal(), now), Some(refusal()));
+        assert_eq!(status.answered(false, refusal(), now), None, "told once");
+        assert!(obstacle()[0].ends_with(&refusal()), "{:?}", obstacle());
+        assert_eq!(status.snapshot(now).proxy.unwrap().trouble, Some(refusal()));
+        assert_eq!(
+            status.answered(true, String::new(), now),
+            Some(String::new())
+        );
+        assert_eq!(obstacle(), [""; 0]);
+        let proxy = status.snapshot(now).proxy.unwrap();
+        assert_eq!((proxy.trouble, proxy.name.as_str()), (None, "p"));
+        assert!(status.snapshot(now).channels.iter().any(|channel| {
+            channel.name == "alloc"
+                && channel
+                    .protection
+                    .contains("a key of the roster with the role sender")
+        }));
+    }
+}

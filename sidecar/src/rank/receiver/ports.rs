@@ -19,10 +19,10 @@ impl ReceiverTask {
             Some(Init::NixlMemRegRequest(request)) => Some(request.local_id.as_str()),
             _ => None,
         };
-        if let Some(principal) = self.init.principal(route)
-            && !claimed.is_some_and(|id| is_of(id, &principal))
+        if let Some(member) = self.init.member(route)
+            && !claimed.is_some_and(|id| member.has_rank(id))
         {
-            self.impostor("init", &principal, claimed.unwrap_or_default());
+            self.impostor("init", &member.name, claimed.unwrap_or_default());
             self.init.disconnect(route);
             return;
         }
@@ -109,8 +109,8 @@ impl ReceiverTask {
     }
 
     pub(super) fn on_message(&mut self, route: Route, message: ToReceiver) {
-        let principal = self.alloc.principal(route);
-        if let Some(principal) = &principal {
+        let member = self.alloc.member(route).cloned();
+        if let Some(member) = &member {
             // LMCache's messages name no sender. LMCache has no keys, so a peer with a key has no reason to send them.
             let claimed = match &message {
                 ToReceiver::AllocRequest(request) => {
@@ -119,8 +119,8 @@ impl ReceiverTask {
                 ToReceiver::CancelNotif(cancel) if cancel.x.is_none() => Some(""),
                 _ => None,
             };
-            if let Some(claimed) = claimed.filter(|id| !is_of(id, principal)) {
-                self.impostor("alloc", principal, claimed);
+            if let Some(claimed) = claimed.filter(|id| !member.has_rank(id)) {
+                self.impostor("alloc", &member.name, claimed);
                 self.alloc.disconnect(route);
                 return;
             }
@@ -145,7 +145,7 @@ impl ReceiverTask {
             let address = self.alloc.address(route).unwrap_or_default();
             let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
             let host = host.to_owned();
-            let principal = principal.map(|name| Principal(name.to_string()));
+            let principal = member.map(|member| Principal(member.name.to_string()));
             self.feed(Event::Connected {
                 route,
                 host,
@@ -239,12 +239,6 @@ impl ReceiverTask {
             query.disconnect(route);
         }
     }
-}
-
-/// Returns true if a sidecar's name, with or without a rank, is the name in the roster.
-fn is_of(id: &str, principal: &str) -> bool {
-    let rest = id.strip_prefix(principal);
-    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// Returns the next message of the query port; never completes if there is no query port.

@@ -113,11 +113,7 @@ async fn keyed(to: &Greeting<'_>, identity: &Identity) -> Result<Greeted, Failed
     let member = key.and_then(|key| expected.check(identity, &key).ok());
     let member = member.ok_or_else(|| Failed::Other("the peer has shown no key".to_owned()))?;
     // Another member of the roster must not get the KV, even if it can redirect the connection.
-    let is_receiver = to.receiver.is_none_or(|id| {
-        let rest = id.strip_prefix(&*member.name);
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-    });
-    if !is_receiver {
+    if to.receiver.is_some_and(|id| !member.has_rank(id)) {
         return Err(Failed::Other(format!(
             "the data port belongs to {}, but the init port to {}",
             member.name,
