@@ -47,6 +47,7 @@ OTHER_MEANINGS = {
     "sidecar/src/config/keys.rs": "LMCache's transfer channel",
     "sidecar/src/config/layers.rs": "the scheme of a URL",
     "sidecar/src/config/mooncake.rs": "Mooncake's protocol",
+    "sidecar/src/doctor/ucx.rs": "a transport of UCX",
     "sidecar/src/observe/listening.rs": "a table of the kernel",
     "sidecar/src/transport/ucx.rs": "a transport of UCX",
     "proxy/src/config/cli.rs": "the scheme of a URL",

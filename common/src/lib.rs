@@ -9,6 +9,7 @@ pub mod accept;
 pub mod etcd;
 pub mod fd_limit;
 pub mod host;
+pub mod http_get;
 pub mod http_server;
 pub mod identity;
 pub mod kubernetes;

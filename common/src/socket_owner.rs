@@ -21,6 +21,15 @@ pub fn holder(port: u16) -> Option<String> {
     })
 }
 
+/// Returns the id of the process that listens on TCP `port`; `None` if the kernel shows no such process to this user.
+pub fn listener(port: u16) -> Option<u32> {
+    let inodes = inodes(|line| listener_inode(line, port));
+    if inodes.is_empty() {
+        return None;
+    }
+    owner(&inodes)
+}
+
 /// Returns the process on this host that has a connection from `peer` to our `port`; `None` if the kernel does not show
 /// the process.
 pub fn process_behind(peer: SocketAddr, port: u16) -> Option<u32> {
@@ -129,6 +138,7 @@ mod tests {
             found.contains(&format!("process {}", std::process::id())),
             "{found}"
         );
+        assert_eq!(super::listener(port), Some(std::process::id()));
         drop(listener);
         assert_eq!(holder(port), None);
     }

@@ -1,5 +1,6 @@
 //! Flags and subcommands, and the help that explains them and the exit codes.
 
+mod doctor;
 mod drain;
 
 use std::io::Write;
@@ -9,6 +10,7 @@ use std::sync::LazyLock;
 use clap::{Args, Parser, Subcommand};
 use common::identity::{Newcomer, keygen, keygen_all};
 
+pub(crate) use self::doctor::Doctor;
 pub(crate) use self::drain::Drain;
 use crate::config::{Config, Devices, Inputs, Report};
 use crate::exit::Exit;
@@ -45,6 +47,8 @@ pub(crate) enum Command {
     CheckConfig(CheckConfig),
     /// Moves random chunks between a sender and a receiver in this process, checks them, and prints the speed.
     Selftest(Selftest),
+    /// Examines this host, the configuration, peers and running programs, and names every fault with its cure.
+    Doctor(Doctor),
     /// Makes a running sidecar take no new KV, for a prefill instance that is to be stopped. Decode sides can still
     /// fetch the KV that the engine keeps.
     Drain(Drain),
@@ -361,6 +365,8 @@ Examples:
             --buffer-size 4GiB --proxy 127.0.0.1:7500
   Print the values in use and their sources:
     sidecar check-config configs/lmcache-decoder-config.yaml --buffer-size 1GiB
+  Look for faults of this host and of the configuration, before the first start:
+    sidecar doctor configs/lmcache-decoder-config.yaml
   Test that this machine moves bytes:
     sidecar selftest --seconds 3
   Make a key for peers that know each other, and print the public key for the roster:
@@ -377,7 +383,9 @@ Precedence:
   NIXL unchanged; if UCX_TLS is not set, UCX gets no TCP (see sidecar.nixl_over_tcp).
 
 Exit codes:
-   0  done, or drained after SIGTERM or SIGINT
+   0  done, or drained after SIGTERM or SIGINT; the doctor has found nothing
+   1  the doctor has found warnings, but no error
+   2  the doctor has found an error
   64  the command line or the configuration is wrong; every mistake is printed
   69  a port, a socket, memory or a required transport is not available
   70  a bug; please report it with the log

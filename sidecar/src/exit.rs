@@ -7,6 +7,10 @@ use std::process::ExitCode;
 pub(crate) enum Exit {
     /// The task is done: the sidecar drained after SIGTERM, or the check found no mistake.
     Ok = 0,
+    /// The doctor has found faults, and none of them stops the sidecar.
+    Warnings = 1,
+    /// The doctor has found a fault with which the sidecar moves no KV.
+    Errors = 2,
     /// The command line or the configuration is wrong.
     Usage = 64,
     /// A port, a socket, memory or a required transport is not available.

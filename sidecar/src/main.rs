@@ -3,6 +3,7 @@
 mod cli;
 mod config;
 mod daemon;
+mod doctor;
 mod engine;
 mod exit;
 mod logging;
@@ -22,6 +23,7 @@ use crate::transport::ucx;
 fn main() -> ExitCode {
     let exit = match Cli::of_process() {
         Ok(Command::CheckConfig(check)) => check.run(),
+        Ok(Command::Doctor(doctor)) => doctor.run(),
         Ok(Command::Drain(drain)) => drain.run(),
         Ok(Command::Keygen(keygen)) => keygen.run(),
         Ok(Command::Selftest(selftest)) => match selftest.ucx() {

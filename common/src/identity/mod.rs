@@ -139,6 +139,11 @@ impl Identity {
         self.private().public()
     }
 
+    /// Returns the path of the roster.
+    pub fn roster_file(&self) -> &Path {
+        &self.inner.roster_file
+    }
+
     /// Returns the roster as it is now.
     pub fn roster(&self) -> Arc<Roster> {
         Arc::clone(&self.inner.roster.borrow())

@@ -232,6 +232,11 @@ impl Roster {
         of_name.map(|(key, _)| *key).collect()
     }
 
+    /// Returns each key with its process, sorted by key.
+    pub fn members(&self) -> impl Iterator<Item = (&PublicKey, &Member)> {
+        self.members.iter()
+    }
+
     /// Returns the number of keys.
     pub fn len(&self) -> usize {
         self.members.len()

@@ -105,6 +105,8 @@ fn the_help_teaches_and_its_examples_parse() {
     }
     for exit in [
         Exit::Ok,
+        Exit::Warnings,
+        Exit::Errors,
         Exit::Usage,
         Exit::Unavailable,
         Exit::Internal,

@@ -38,6 +38,7 @@ pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 pub(crate) use self::reference::flags;
 pub(crate) use self::reference::reference;
 pub(crate) use self::report::Report;
+pub(crate) use self::suggest::suggest;
 pub(crate) use self::value::{Bytes, Device, Devices, HostPort, LogFormat, Role};
 
 use crate::memory::cuda::Which;

@@ -2,7 +2,7 @@
 
 /// Returns the candidate that the user probably meant by `name`: it differs from `name` by at most one edit
 /// per four characters.
-pub(super) fn suggest<'a>(
+pub(crate) fn suggest<'a>(
     name: &str,
     candidates: impl Iterator<Item = &'a str>,
 ) -> Option<&'a str> {

@@ -227,15 +227,7 @@ async fn exchange(
     let mut socket = Requester::connect(&target.host, target.init_port, protection).await?;
 
     // The hellos come first: if the layouts differ, the sender must not learn or use any slot.
-    let request = Init::NixlInitRequest(NixlInitRequest {
-        local_meta_bytes: ByteBuf::from(ours.metadata.clone()),
-        x: Some(ours.hello.clone()),
-    });
-    let introduced = match codec::decode(&socket.request(codec::encode(&request)).await?) {
-        Ok(Init::NixlInitResponse(response)) => response,
-        Ok(_) => return Err(malformed("not a NixlInitResponse".to_owned())),
-        Err(error) => return Err(malformed(error.to_string())),
-    };
+    let introduced = introduce_to(&mut socket, peer, &ours.metadata, &ours.hello).await?;
     // A refusal by the receiver takes precedence. The sender also checks the receiver's hello itself, so that
     // the two ends of a link never have different layouts.
     if let Some(theirs) = &introduced.x
@@ -301,6 +293,55 @@ async fn exchange(
         memory,
         pages,
     })
+}
+
+/// Sends this side's hello, and returns the receiver's answer.
+async fn introduce_to(
+    socket: &mut Requester,
+    peer: &str,
+    metadata: &[u8],
+    hello: &Hello,
+) -> Result<NixlInitResponse, InitError> {
+    let malformed = |cause: String| InitError::Malformed {
+        peer: peer.to_owned(),
+        cause,
+    };
+    let request = Init::NixlInitRequest(NixlInitRequest {
+        local_meta_bytes: ByteBuf::from(metadata.to_vec()),
+        x: Some(hello.clone()),
+    });
+    match codec::decode(&socket.request(codec::encode(&request)).await?) {
+        Ok(Init::NixlInitResponse(response)) => Ok(response),
+        Ok(_) => Err(malformed("not a NixlInitResponse".to_owned())),
+        Err(error) => Err(malformed(error.to_string())),
+    }
+}
+
+/// Asks a receiver for its hello, and makes no link. Do not ask LMCache: its receiver takes every request for a sender.
+///
+/// # Errors
+/// See [`InitError`]. A hello that refuses this side is no error.
+///
+/// # Cancel safety
+/// Dropping the future drops the connection; the receiver keeps nothing.
+pub(crate) async fn ask_hello(
+    target: &Target,
+    ours: &Hello,
+    protection: &Protection,
+    deadline: Duration,
+) -> Result<Option<Hello>, InitError> {
+    let peer = format!("{}:{}", target.host, target.init_port);
+    let asked = async {
+        let mut socket = Requester::connect(&target.host, target.init_port, protection).await?;
+        Ok(introduce_to(&mut socket, &peer, &[], ours).await?.x)
+    };
+    match tokio::time::timeout(deadline, asked).await {
+        Ok(result) => result,
+        Err(_) => Err(InitError::Timeout {
+            peer,
+            after: deadline,
+        }),
+    }
 }
 
 /// Returns the peer's slots, which its rows and the field `x` of its message describe.

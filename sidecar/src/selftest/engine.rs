@@ -13,21 +13,21 @@ use tokio::net::UnixStream;
 
 /// A connection to a sidecar that has sent its welcome.
 #[derive(Debug)]
-pub(super) struct Engine {
+pub(crate) struct Engine {
     stream: UnixStream,
-    pub(super) welcome: Welcome,
+    pub(crate) welcome: Welcome,
 }
 
 /// The GPU and the events that an engine sends in its hello; empty for an engine on host memory.
 #[derive(Debug, Default)]
-pub(super) struct Gpu {
-    pub(super) device: Option<String>,
-    pub(super) events: Vec<ByteBuf>,
+pub(crate) struct Gpu {
+    pub(crate) device: Option<String>,
+    pub(crate) events: Vec<ByteBuf>,
 }
 
 impl Engine {
     /// Connects, sends the hello and waits for the welcome.
-    pub(super) async fn connect(
+    pub(crate) async fn connect(
         socket: &Path,
         role: EngineRole,
         layout: Layout,
@@ -54,7 +54,7 @@ impl Engine {
         }
     }
 
-    pub(super) async fn send(&mut self, message: &ToSidecar) -> io::Result<()> {
+    pub(crate) async fn send(&mut self, message: &ToSidecar) -> io::Result<()> {
         write(&mut self.stream, message).await
     }
 
@@ -62,7 +62,7 @@ impl Engine {
     ///
     /// # Cancel safety
     /// Cancel safe only until the first byte of a frame has come. The rest of the frame follows at once.
-    pub(super) async fn recv(&mut self) -> anyhow::Result<ToEngine> {
+    pub(crate) async fn recv(&mut self) -> anyhow::Result<ToEngine> {
         self.stream.readable().await?;
         read(&mut self.stream).await
     }

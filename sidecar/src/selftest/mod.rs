@@ -6,7 +6,7 @@
 //! and machines; only the engines are simulated. The test proves that a sidecar can run on this host and that
 //! the wires carry bytes unchanged. The test does not prove that another host can be reached.
 
-mod engine;
+pub(crate) mod engine;
 mod gpu;
 mod host;
 mod report;
@@ -171,7 +171,7 @@ impl Selftest {
 }
 
 /// The variable that lets UCX open TCP ports, both in a self-test and in a sidecar.
-const CONSENT_VARIABLE: &str = "PD_SIDECAR_NIXL_OVER_TCP";
+pub(crate) const CONSENT_VARIABLE: &str = "PD_SIDECAR_NIXL_OVER_TCP";
 
 /// Returns the first GPU for the sender and the second GPU for the receiver. If there is only one GPU, both
 /// roles use it.
@@ -196,14 +196,14 @@ const LOOPBACK: &str = "127.0.0.1";
 
 /// A directory for the socket, removed at the end.
 #[derive(Debug)]
-struct Directory {
-    path: PathBuf,
+pub(crate) struct Directory {
+    pub(crate) path: PathBuf,
 }
 
 impl Directory {
     /// Makes a directory that only this user can enter. The directory's name cannot be guessed, and an
     /// existing directory is not used, because another user may have made it.
-    fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         let name = format!("pd-sidecar-selftest-{:016x}", rand::random::<u64>());
         let path = std::env::temp_dir().join(name);
         DirBuilder::new().mode(0o700).create(&path)?;

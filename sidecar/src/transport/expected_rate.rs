@@ -21,7 +21,7 @@ pub(crate) struct ExpectedRate {
     /// Minimum rate to expect, in 10⁹ bytes per second.
     pub(crate) least_gb_s: f64,
     /// The likely cause of a slower rate, for people.
-    pub(super) hint: &'static str,
+    pub(crate) hint: &'static str,
 }
 
 impl ExpectedRate {

@@ -19,8 +19,8 @@ use crate::memory::Buffer;
 pub(crate) struct Spec {
     /// The name in configurations, adverts, metrics and logs.
     pub(super) name: &'static str,
-    /// True if the transport needs a library that is loaded at run time; false if it is built in.
-    pub(super) loaded: bool,
+    /// Loads the library that the transport needs, and returns its version and place. `None` if the transport is built in.
+    pub(super) library: Option<Library>,
     /// True if the transport serves buffers in GPU memory only.
     pub(super) needs_gpu: bool,
     /// True if the transport loads UCX, so that UCX's TCP ports need the user's consent.
@@ -40,6 +40,9 @@ pub(crate) struct Spec {
     /// Returns the minimum rate to expect from a link between these ends.
     pub(super) expected_rate: fn(Ends) -> ExpectedRate,
 }
+
+/// Loads a library and describes it; the error says why it cannot be loaded.
+type Library = fn() -> Result<String, String>;
 
 /// The buffer and the settings with which a transport starts.
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +98,24 @@ impl Kind {
     /// Returns true if the transport serves buffers in GPU memory only.
     pub(crate) fn needs_gpu(self) -> bool {
         self.0.needs_gpu
+    }
+
+    /// Returns true if the transport loads UCX.
+    pub(crate) fn uses_ucx(self) -> bool {
+        self.0.uses_ucx
+    }
+
+    /// Loads the transport's library. Returns its version and place; `None` if the transport is built in.
+    ///
+    /// # Errors
+    /// The places that were tried.
+    pub(crate) fn library(self) -> Option<Result<String, String>> {
+        self.0.library.map(|load| load())
+    }
+
+    /// Returns the address in a receiver's advert; `None` if the transport needs no address, or the advert has none.
+    pub(crate) fn address(self, advert: &Advert, host: &str) -> Option<String> {
+        (self.0.address)(advert, host).ok().flatten()
     }
 
     /// Returns true if keys can protect the transport's data on the wire.

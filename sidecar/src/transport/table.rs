@@ -40,7 +40,7 @@ pub(crate) fn all() -> impl DoubleEndedIterator<Item = Kind> {
 /// Returns the names of all transports for `--version`, in two groups: loaded at run time, and built in.
 pub(crate) fn origins() -> String {
     let of = |loaded| {
-        let kinds = all().filter(|kind| kind.0.loaded == loaded);
+        let kinds = all().filter(|kind| kind.0.library.is_some() == loaded);
         kinds.map(Kind::as_str).collect::<Vec<_>>().join(", ")
     };
     let (loaded, built_in) = (of(true), of(false));

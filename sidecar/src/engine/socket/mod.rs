@@ -26,7 +26,7 @@ use crate::engine::drain::Drain;
 
 pub(crate) use ask::drain;
 pub(crate) use connection::Connection;
-pub(crate) use path::make_directory;
+pub(crate) use path::{check_directory, make_directory};
 
 /// Maximum number of connections of one socket at the same time: one connection per rank, and a few from
 /// tests and tools.

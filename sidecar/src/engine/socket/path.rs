@@ -44,6 +44,14 @@ pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(directory)?;
+    check_directory(directory)
+}
+
+/// Checks that no other user can replace files in a directory.
+///
+/// # Errors
+/// The directory cannot be read, or another user can write into it.
+pub(crate) fn check_directory(directory: &Path) -> io::Result<()> {
     let mut found = std::fs::symlink_metadata(directory)?;
     if found.is_symlink() {
         check_owner(directory, &found)?;

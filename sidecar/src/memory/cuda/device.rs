@@ -216,6 +216,20 @@ pub(crate) fn all() -> Result<Vec<Uuid>, CudaError> {
         .collect()
 }
 
+/// Returns true if GPU `from` can read and write the memory of GPU `to`. Makes no context, so it needs no memory.
+///
+/// # Errors
+/// There is no driver or no such GPU, or the driver returns an error.
+pub(crate) fn reaches(from: u32, to: u32) -> Result<bool, CudaError> {
+    load()?;
+    let mut can = 0;
+    // SAFETY: the out-pointer is valid, both devices are of this process.
+    check("cuDeviceCanAccessPeer", unsafe {
+        sys::cuDeviceCanAccessPeer(&mut can, handle(from)?, handle(to)?)
+    })?;
+    Ok(can != 0)
+}
+
 fn find(uuid: &Uuid) -> Result<u32, CudaError> {
     let at = all()?.iter().position(|found| found == uuid);
     at.and_then(|at| u32::try_from(at).ok())

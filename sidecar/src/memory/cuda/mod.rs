@@ -22,7 +22,7 @@ pub(crate) mod memory;
 pub(crate) mod stage;
 pub(crate) mod stream;
 
-pub(crate) use device::{Device, Uuid, Which, all};
+pub(crate) use device::{Device, Uuid, Which, all, reaches};
 pub(crate) use driver::{CudaError, is_present};
 pub(crate) use event::{Event, State};
 pub(crate) use import::Imported;

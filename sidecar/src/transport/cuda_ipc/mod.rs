@@ -31,7 +31,7 @@ use protocol::{LeaseId, SlotIndex};
 use super::expected_rate::ExpectedRate;
 use super::spec::{Spec, Start};
 use super::{Kind, Link, LinkError, Remote, Transport};
-use crate::memory::cuda::DeviceMemory;
+use crate::memory::cuda::{self, DeviceMemory};
 
 mod address;
 mod command;
@@ -46,7 +46,7 @@ use copier::Copier;
 /// Copies into GPU memory of another process on the same host.
 pub(crate) const KIND: Kind = Kind(&Spec {
     name: "cuda_ipc",
-    loaded: true,
+    library: Some(library),
     needs_gpu: true,
     uses_ucx: false,
     protects_data: false,
@@ -60,6 +60,11 @@ pub(crate) const KIND: Kind = Kind(&Spec {
                linked",
     },
 });
+
+fn library() -> Result<String, String> {
+    let gpus = cuda::all().map_err(|error| error.to_string())?;
+    Ok(format!("the CUDA driver, with {} GPUs", gpus.len()))
+}
 
 fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     let memory = with.buffer.cuda();

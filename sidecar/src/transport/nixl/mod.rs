@@ -53,7 +53,7 @@ use ::nixl::{Library, Search};
 /// NIXL with its UCX backend: shared memory, RDMA, NVLink, TCP.
 pub(crate) const KIND: Kind = Kind(&Spec {
     name: "nixl",
-    loaded: true,
+    library: Some(library),
     needs_gpu: false,
     uses_ucx: true,
     protects_data: false,
@@ -64,6 +64,12 @@ pub(crate) const KIND: Kind = Kind(&Spec {
     address: |_, _| Ok(None),
     expected_rate,
 });
+
+fn library() -> Result<String, String> {
+    let found = Library::load(&Search::from_env()).map_err(|error| error.to_string())?;
+    let version = found.version().unwrap_or("of unknown version");
+    Ok(format!("NIXL {version}, {}", found.path().display()))
+}
 
 fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     let library = Library::load(&Search::from_env())?;

@@ -84,7 +84,7 @@ use frame::Refusal;
 /// The built-in TCP transport.
 pub(crate) const KIND: Kind = Kind(&Spec {
     name: "tcp",
-    loaded: false,
+    library: None,
     needs_gpu: false,
     uses_ucx: false,
     protects_data: true,
