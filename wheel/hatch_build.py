@@ -1,8 +1,9 @@
-"""Sets the platform in the name of the wheel, because the wheel contains native programs."""
+"""Sets the platform in the name of the wheel, because the wheel contains native programs, and adds the licences."""
 
 from __future__ import annotations
 
 import sysconfig
+from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -17,3 +18,8 @@ class Platform(BuildHookInterface):
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
+        # The licence files lie outside of this folder, where `license-files` of the project cannot name them.
+        metadata = f"{self.metadata.name.replace('-', '_')}-{self.metadata.version}.dist-info"
+        for file in ("../LICENSE", "../target/wheel/THIRD-PARTY-LICENSES.txt"):
+            source = (Path(self.root) / file).resolve()
+            build_data["force_include"][str(source)] = f"{metadata}/licenses/{source.name}"

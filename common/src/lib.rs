@@ -13,6 +13,7 @@ pub mod http_get;
 pub mod http_server;
 pub mod identity;
 pub mod kubernetes;
+pub mod manual;
 pub mod origin;
 pub mod socket_owner;
 pub mod zmq;

@@ -2,12 +2,37 @@
 
 use std::process::ExitCode;
 
+use clap::CommandFactory;
 use clap::error::ErrorKind;
 use proxy::{Command, Config, End, LogFormat, Proxy, Stop, raise_limit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
+
+/// Does the task that the command line names instead of running the proxy.
+fn obey(command: &Command) -> ExitCode {
+    match command {
+        Command::Keygen { file } => match proxy::keygen(file) {
+            Ok(public) => {
+                println!("{public}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => print_problems(&[error.to_string()], USAGE),
+        },
+        Command::Completions(shell) => {
+            shell.print(Config::command());
+            ExitCode::SUCCESS
+        }
+        Command::Manual(pages) => match pages.write(Config::command()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => print_problems(
+                &[format!("cannot write the manual pages: {error}")],
+                UNAVAILABLE,
+            ),
+        },
+    }
+}
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -20,14 +45,8 @@ async fn main() -> ExitCode {
             return ExitCode::from(if asked { 0 } else { USAGE });
         }
     };
-    if let Some(Command::Keygen { file }) = &config.command {
-        return match proxy::keygen(file) {
-            Ok(public) => {
-                println!("{public}");
-                ExitCode::SUCCESS
-            }
-            Err(error) => print_problems(&[error.to_string()], USAGE),
-        };
+    if let Some(command) = &config.command {
+        return obey(command);
     }
     // Report all problems of the flags at once, before a port is opened.
     let mut problems = config.problems();

@@ -7,8 +7,9 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use common::identity::{Newcomer, keygen, keygen_all};
+use common::manual::{Completions, Manual};
 
 pub(crate) use self::doctor::Doctor;
 pub(crate) use self::drain::Drain;
@@ -55,6 +56,11 @@ pub(crate) enum Command {
     /// Makes the key of this process, and prints the public key for the rosters of its peers. Or makes the keys of several
     /// processes, with their roster.
     Keygen(Keygen),
+    /// Prints a script that completes this command line in a shell.
+    Completions(Completions),
+    /// Writes the manual pages of this program and its subcommands into a folder.
+    #[command(hide = true)]
+    Manual(Manual),
 }
 
 /// Arguments of `keygen`.
@@ -243,6 +249,23 @@ impl Cli {
                     Exit::Ok
                 })
             }
+        }
+    }
+}
+
+/// Prints the completions of this program.
+pub(crate) fn complete(shell: &Completions) -> Exit {
+    shell.print(Cli::command());
+    Exit::Ok
+}
+
+/// Writes the manual pages of this program.
+pub(crate) fn manual(pages: &Manual) -> Exit {
+    match pages.write(Cli::command()) {
+        Ok(()) => Exit::Ok,
+        Err(error) => {
+            eprintln!("error: cannot write the manual pages: {error}");
+            Exit::Unavailable
         }
     }
 }

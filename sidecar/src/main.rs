@@ -23,6 +23,8 @@ use crate::transport::ucx;
 fn main() -> ExitCode {
     let exit = match Cli::of_process() {
         Ok(Command::CheckConfig(check)) => check.run(),
+        Ok(Command::Completions(shell)) => cli::complete(&shell),
+        Ok(Command::Manual(pages)) => cli::manual(&pages),
         Ok(Command::Doctor(doctor)) => doctor.run(),
         Ok(Command::Drain(drain)) => drain.run(),
         Ok(Command::Keygen(keygen)) => keygen.run(),

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use common::host::{bare, is_loopback};
+use common::manual::{Completions, Manual};
 use ipnet::IpNet;
 use store::cache::{Disk, Sizes};
 use store::daemon::Settings;
@@ -18,9 +19,12 @@ use store::lm::Bounds;
     name = "pd-store",
     version,
     after_long_help = TEACHING,
+    args_conflicts_with_subcommands = true,
     max_term_width = 100
 )]
 pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
     /// Address of the lm:// port. Beyond this machine, --allow must name the clients' networks.
     #[arg(
         long,
@@ -111,6 +115,16 @@ pub(crate) struct Cli {
         env = "PD_STORE_LOG_LEVEL"
     )]
     pub(crate) log_level: String,
+}
+
+/// A task other than to run the store.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Prints a script that completes this command line in a shell.
+    Completions(Completions),
+    /// Writes the manual pages of this program into a folder.
+    #[command(hide = true)]
+    Manual(Manual),
 }
 
 impl Cli {

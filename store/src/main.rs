@@ -4,11 +4,11 @@ mod cli;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use tracing::error;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -19,6 +19,22 @@ fn main() -> ExitCode {
             return if error.use_stderr() { USAGE } else { 0 }.into();
         }
     };
+    match &cli.command {
+        None => {}
+        Some(Command::Completions(shell)) => {
+            shell.print(Cli::command());
+            return ExitCode::SUCCESS;
+        }
+        Some(Command::Manual(pages)) => {
+            return match pages.write(Cli::command()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("error: cannot write the manual pages: {error}");
+                    UNAVAILABLE.into()
+                }
+            };
+        }
+    }
     let log = cli.log_level.clone();
     let settings = match cli.settings() {
         Ok(settings) => settings,

@@ -198,11 +198,6 @@ impl Roster {
         self.members.get(key)
     }
 
-    /// Returns all keys with their processes.
-    pub(super) fn members(&self) -> impl Iterator<Item = (&PublicKey, &Member)> {
-        self.members.iter()
-    }
-
     /// Returns this roster with further keys.
     ///
     /// # Errors

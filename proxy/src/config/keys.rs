@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use common::identity::{Auth, Identity, Role};
+use common::manual::{Completions, Manual};
 
 /// The rule for sidecars without a key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -45,6 +46,11 @@ pub enum Command {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+    /// Prints a script that completes this command line in a shell.
+    Completions(Completions),
+    /// Writes the manual pages of this program into a folder.
+    #[command(hide = true)]
+    Manual(Manual),
 }
 
 impl Keys {
