@@ -88,7 +88,7 @@ class Running:
     engine: str
 
     def options(self, role: str, **changes: Any) -> SidecarOptions:
-        known = {"proxy": self.proxy.registration, "engine_url": self.engine, "buffer_bytes": BUFFER}
+        known: dict[str, Any] = {"proxy": self.proxy.registration, "engine_url": self.engine, "buffer_bytes": BUFFER}
         return SidecarOptions(role, **(known | changes))
 
     def config(self, folder: Path, role: str = "receiver", **changes: Any) -> Path:

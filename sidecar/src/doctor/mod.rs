@@ -30,7 +30,7 @@ mod wires;
 use std::io::Write;
 
 use crate::cli::Doctor;
-use crate::config::{Config, FILE_VARIABLE, Inputs, Report as ConfigReport};
+use crate::config::{Config, Inputs, Report as ConfigReport};
 use crate::exit::Exit;
 use finding::{Kind, Results};
 use pages::Program;
@@ -208,15 +208,12 @@ impl Doctor {
     }
 }
 
-/// Reads the configuration, if a file, a flag or a variable gives one.
+/// Reads the configuration, if there is one: a file, a flag, or the role in the environment. Other variables, such as the
+/// path of the socket, are also set for engines and do not make a configuration.
 fn load(inputs: &Inputs) -> (Option<Config>, Option<ConfigReport>) {
-    let is_set = |(name, value): &(String, String)| {
-        let ours = name.starts_with("LMCACHE_PD_") || name.starts_with("PD_SIDECAR_");
-        ours && name != FILE_VARIABLE
-            && name != crate::selftest::CONSENT_VARIABLE
-            && !value.is_empty()
-    };
-    if inputs.file.is_none() && inputs.flags.is_empty() && !inputs.env.iter().any(is_set) {
+    let role = inputs.env.iter().find(|(name, _)| name == ROLE_VARIABLE);
+    let has_role = role.is_some_and(|(_, value)| !value.is_empty());
+    if inputs.file.is_none() && inputs.flags.is_empty() && !has_role {
         return (None, None);
     }
     match Config::load(inputs) {
@@ -267,6 +264,9 @@ fn kinds() -> impl Iterator<Item = &'static Kind> {
 fn say(text: &str) {
     std::io::stdout().lock().write_all(text.as_bytes()).ok();
 }
+
+/// The variable that gives the role, without which there is no configuration.
+const ROLE_VARIABLE: &str = "LMCACHE_PD_ROLE";
 
 #[cfg(test)]
 mod tests;

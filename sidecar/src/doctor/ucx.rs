@@ -9,7 +9,7 @@ use crate::transport::ucx::{DEVICES, TLS};
 kinds! {
     UNKNOWN_TRANSPORT = Warning "ucx-tls-unknown":
         "UCX ignores names that it does not know, so it may use fewer transports than you expect, or none";
-        "write names that UCX knows: all, self, sm, tcp, rc, ud, dc, cuda, cuda_copy, cuda_ipc, ...";
+        "write names that UCX knows, such as all, self, sm, tcp, rc, ud, dc, cuda, cuda_copy and cuda_ipc";
     UNKNOWN_DEVICE = Error "ucx-device-unknown":
         "UCX uses only the devices of this list, and with none of them it has no network";
         "write ports of RDMA devices (mlx5_0:1) or network interfaces of this host, or unset the variable";

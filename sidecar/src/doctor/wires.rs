@@ -57,7 +57,13 @@ pub(super) fn measure(
                 "measuring {kind} with buffers in {} for {seconds} s ...",
                 word(memory)
             ));
-            match run(subject, kind, memory, seconds) {
+            let mut outcome = run(subject, kind, memory, seconds);
+            if outcome.is_err() {
+                // The self-test has short time limits, which a busy host can miss once.
+                progress("no result: measuring once more ...");
+                outcome = run(subject, kind, memory, seconds);
+            }
+            match outcome {
                 Ok((reports, log)) => {
                     judge(kind, memory, &reports, &log, results);
                     variables.extend(log.unknown_variables);
@@ -168,6 +174,11 @@ fn run(
         word(memory),
     ]);
     command.args(["--seconds", &seconds.to_string()]);
+    if memory == Memory::Dram {
+        // The self-test fills host memory on the thread that also moves the messages. With a larger buffer, a busy host
+        // fills it for longer than a lease lasts.
+        command.args(["--buffer-size", "16MiB"]);
+    }
     if let Some(config) = subject.config {
         for (name, value) in &config.ucx.variables {
             if subject.variable(name).is_none() {
