@@ -29,7 +29,7 @@ def check_pages(share: Path) -> None:
         bash = share / "bash-completion" / "completions" / program
         # Bash accepts the script, and knows a function for the program then.
         known = run("bash", "-c", f"source {bash} && complete -p {program}")
-        assert known.startswith("complete -F")
+        assert " -F _" in known and known.split()[-1] == program
         assert (share / "zsh" / "site-functions" / f"_{program}").read_text().startswith(f"#compdef {program}")
         assert f"complete -c {program}" in (share / "fish" / "vendor_completions.d" / f"{program}.fish").read_text()
     completed = run(
