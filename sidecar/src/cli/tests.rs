@@ -97,7 +97,7 @@ fn the_help_teaches_and_its_examples_parse() {
         .lines()
         .filter(|l| l.trim().starts_with("sidecar "))
         .collect();
-    assert_eq!(examples.len(), 9);
+    assert_eq!(examples.len(), 10);
     for example in examples {
         assert!(parse(example).is_ok(), "{example}");
     }
