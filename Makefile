@@ -35,7 +35,7 @@ REDIS ?= target/redis/redis-server
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build dist programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build dist programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle rdma fuzz etcd bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -148,6 +148,11 @@ gpu-bench: ## Measure hand-overs between two GPUs against baselines; writes targ
 
 gpu-bundle: dist ## Pack all that a GPU host without a network needs for gpu-test and gpu-bench into target/gpu-bundle
 	$(PYTHON_IN_VENV) scripts/gpu_bundle.py target/gpu-bundle $(GPU)
+
+rdma: venv programs etcd ## Boot an emulated machine with RDMA devices and run tests/rdma in it (no card, no KVM needed)
+	@scripts/rdma.sh target/rdma; fetched=$$?; \
+	if [ $$fetched = 77 ]; then echo "SKIPPED: make rdma showed nothing"; exit 0; fi; \
+	test $$fetched = 0 && $(PYTHON_IN_VENV) tests/rdma/run.py target/rdma $(PYTEST)
 
 fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 	@scripts/fuzz.sh $(FUZZ_SECONDS)

@@ -42,6 +42,14 @@ impl Search {
         }
     }
 
+    /// Returns the library that [`crate::Library::load`] tries first; `None` if only the dynamic linker's path is left.
+    pub fn first(&self) -> Option<PathBuf> {
+        self.places().into_iter().find_map(|place| match place {
+            Place::Candidate(path) if path != Path::new(LIBRARY) => Some(path),
+            _ => None,
+        })
+    }
+
     /// Returns all places in order: a library to try, or the reason why a place has no library.
     pub(crate) fn places(&self) -> Vec<Place> {
         if let Some(path) = &self.explicit {
@@ -199,6 +207,11 @@ mod tests {
                 PathBuf::from(LIBRARY),
             ]
         );
+        assert_eq!(
+            search.first(),
+            Some(packages.join(".nixl_cu13.mesonpy.libs/libnixl_capi.so"))
+        );
+        assert_eq!(Search::default().first(), None);
     }
 
     #[test]

@@ -18,7 +18,7 @@ mod transport;
 use std::process::ExitCode;
 
 use crate::cli::{Cli, Command};
-use crate::transport::ucx;
+use crate::transport::environment;
 
 fn main() -> ExitCode {
     let exit = match Cli::of_process() {
@@ -29,12 +29,12 @@ fn main() -> ExitCode {
         Ok(Command::Drain(drain)) => drain.run(),
         Ok(Command::Keygen(keygen)) => keygen.run(),
         Ok(Command::Selftest(selftest)) => match selftest.ucx() {
-            Ok(ucx) => ucx::environment(&ucx).unwrap_or_else(|| selftest.run()),
+            Ok(ucx) => environment::prepare(&ucx).unwrap_or_else(|| selftest.run()),
             Err(exit) => exit,
         },
         Ok(Command::Run(args)) => match args.load() {
             Ok((config, report)) => {
-                if let Some(exit) = ucx::environment(&config.ucx) {
+                if let Some(exit) = environment::prepare(&config.ucx) {
                     return exit.into();
                 }
                 logging::start(&config.log_level, config.log_format);

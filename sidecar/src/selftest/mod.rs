@@ -53,7 +53,9 @@ impl Selftest {
             );
             return Err(Exit::Usage);
         }
-        Ok(Ucx::of_this_host(trusted, !given(DEVICES).is_empty()))
+        let devices_given = !given(DEVICES).is_empty();
+        let is_loaded = self.transport.may_use_ucx();
+        Ok(Ucx::of_this_host(trusted, devices_given, is_loaded))
     }
 
     /// Runs the test and prints the report.

@@ -10,9 +10,11 @@ use protocol::{LeaseId, SlotIndex};
 
 pub(crate) mod choose;
 pub(crate) mod cuda_ipc;
+pub(crate) mod environment;
 pub(crate) mod expected_rate;
 pub(crate) mod nixl;
 pub(crate) mod protection;
+pub(crate) mod rdma;
 pub(crate) mod readiness;
 pub(crate) mod set;
 pub(crate) mod spec;

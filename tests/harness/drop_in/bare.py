@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.client import call
@@ -19,17 +19,25 @@ from pd_sidecar.sidecar.wire import VERSION, Hello, Target
 
 
 class _Bare:
-    """A sidecar with `words` as its command line. The sidecar's sockets are inside `folder`."""
+    """A sidecar with `words` as its command line. The sidecar's sockets are inside `folder`. `within` is a command that
+    runs the binary, for example in other namespaces.
+    """
 
     role: str
 
     def __init__(
-        self, name: str, words: list[str | Path], admin: str, folder: Path, env: Mapping[str, str] | None = None
+        self,
+        name: str,
+        words: list[str | Path],
+        admin: str,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
         self.notices: Notices
         self.name = name
         environ = {"XDG_RUNTIME_DIR": str(folder), "VIRTUAL_ENV": sys.prefix, **(env or {})}
-        self.process = Process(name, [BINARIES / "sidecar", *words], LOGS / f"{name}.log", environ)
+        self.process = Process(name, [*within, BINARIES / "sidecar", *words], LOGS / f"{name}.log", environ)
         deadline = time.monotonic() + START_BOUND_S
         while not _answers(f"http://{admin}/health"):
             if not self.process.alive or time.monotonic() > deadline:

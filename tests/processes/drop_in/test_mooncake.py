@@ -7,27 +7,21 @@ variables.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 from harness.drop_in.bare import BareReceiver, BareSender
 from harness.drop_in.chunks import Prompt
+from harness.drop_in.metadata_servers import etcd, redis
 from harness.logs import LOGS
-from harness.ports import free_port, free_ports
-from harness.process import Process
+from harness.ports import free_ports
 from harness.proxy import Proxy
-from harness.sidecar import ROOT
 
 from pd_sidecar.sidecar.wire import Target
 
-ETCD = Path(os.environ.get("ETCD", ROOT / "target" / "etcd" / "usr" / "bin" / "etcd"))
-REDIS = Path(os.environ.get("REDIS", ROOT / "target" / "redis" / "redis-server"))
 Side = TypeVar("Side", BareSender, BareReceiver)
 
 
@@ -36,32 +30,6 @@ def base_port(apart: int) -> int:
     ports, whose numbers are higher by `apart`.
     """
     return free_ports(tuple(first + offset for first in (0, apart) for offset in (0, 9, 10, 49)))
-
-
-@contextmanager
-def etcd(folder: Path) -> Iterator[str]:
-    if not ETCD.exists():
-        subprocess.run([ROOT / "scripts" / "etcd.sh", ROOT / "target" / "etcd"], check=True, timeout=120)
-    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    flags: list[str | Path] = [
-        "--name", "one", "--data-dir", folder / "etcd",
-        "--listen-client-urls", client, "--advertise-client-urls", client,
-        "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"one={peer}",
-    ]  # fmt: skip
-    process = Process("etcd", [ETCD, *flags], LOGS / "etcd.log")
-    yield client.removeprefix("http://")
-    process.stop()
-
-
-@contextmanager
-def redis(folder: Path) -> Iterator[str]:
-    if not REDIS.exists():
-        subprocess.run([ROOT / "scripts" / "redis.sh", ROOT / "target" / "redis"], check=True, timeout=120)
-    port = free_port()
-    flags: list[str | Path] = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-    process = Process("redis", [REDIS, *flags], LOGS / "redis.log")
-    yield f"redis://127.0.0.1:{port}"
-    process.stop()
 
 
 def bare(kind: type[Side], file: Path, url_port: int) -> Side:

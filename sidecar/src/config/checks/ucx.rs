@@ -68,6 +68,7 @@ pub(super) fn ucx(
         // This process may have chosen the devices itself before it restarted itself. Devices that the
         // process chose do not count as given by the user.
         devices_given: given(DEVICES).is_some() && given(DEVICES) != given(OWN_DEVICES),
+        is_loaded: starts_ucx,
     })
 }
 

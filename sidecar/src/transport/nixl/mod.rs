@@ -16,6 +16,7 @@
 //! | [`counts`] | counts of events, for metrics |
 //! | [`link`] | the sending half of the trait |
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -29,6 +30,7 @@ use protocol::{LeaseId, SlotIndex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::expected_rate::{Ends, ExpectedRate};
+use super::rdma::{Settings, View};
 use super::spec::{Spec, Start};
 use super::ucx::{CONSENT, TLS, names_tcp};
 use super::{HandshakeFields, Kind, Link, LinkError, Remote, Transport};
@@ -71,7 +73,31 @@ fn library() -> Result<String, String> {
     Ok(format!("NIXL {version}, {}", found.path().display()))
 }
 
+/// Returns the NIXL library that a start tries first; `None` if there is none.
+pub(super) fn first_library() -> Option<PathBuf> {
+    Search::from_env().first()
+}
+
 fn start(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
+    // UCX does not say why it cannot use an RDMA device, so the reasons come before its own text.
+    let complaints = first_library().map_or_else(Vec::new, |nixl| rdma(&nixl).complaints());
+    for complaint in &complaints {
+        tracing::warn!("{complaint}");
+    }
+    start_agent(with).map_err(|error| {
+        complaints
+            .into_iter()
+            .rev()
+            .fold(error, anyhow::Error::context)
+    })
+}
+
+/// Returns the RDMA devices as the NIXL library `nixl` sees them.
+fn rdma(nixl: &Path) -> View {
+    View::new(Path::new("/"), nixl, Settings::of_process())
+}
+
+fn start_agent(with: &Start<'_>) -> anyhow::Result<Arc<dyn Transport>> {
     let library = Library::load(&Search::from_env())?;
     // Peers know agents by their names, so an agent after a restart must have a new name.
     let agent = format!("{}-{:016x}", with.id, rand::random::<u64>());
@@ -168,6 +194,8 @@ struct Shared {
     ucx_tls: String,
     /// True if UCX may use TCP.
     over_tcp: bool,
+    /// True if NIXL can use an RDMA device of this host.
+    rdma: bool,
     link: Duration,
 }
 
@@ -190,7 +218,8 @@ impl Nixl {
         } else {
             wire::Place::Host
         };
-        let wire = wire::Wire::of_this_host(ucx_tls.as_deref(), place);
+        let rdma = rdma(library.path()).is_usable();
+        let wire = wire::Wire::judge(ucx_tls.as_deref(), rdma, place);
         let (commands, queue) = mpsc::channel();
         let shared = Arc::new(Shared {
             commands,
@@ -199,6 +228,7 @@ impl Nixl {
             counters: Counters::default(),
             ucx_tls: ucx_tls.unwrap_or_else(|| "auto".to_owned()),
             over_tcp,
+            rdma,
             link: config.link,
         });
         // The buffer moves to the thread, so its address is read first.
@@ -275,7 +305,7 @@ impl Transport for Nixl {
     }
 
     fn reaches(&self, _advert: &Advert, same_host: bool) -> Result<(), String> {
-        if same_host || self.shared.over_tcp || wire::has_rdma() {
+        if same_host || self.shared.over_tcp || self.shared.rdma {
             return Ok(());
         }
         Err(format!(
@@ -284,7 +314,8 @@ impl Transport for Nixl {
     }
 
     fn poor(&self, same_host: bool) -> Option<String> {
-        self.on_gpu.then(|| self.wire.poor(same_host)).flatten()
+        let poor = || self.wire.poor(same_host, self.shared.rdma);
+        self.on_gpu.then(poor).flatten()
     }
 
     fn divide(&self, slots: u32, slot_bytes: u64) {

@@ -1,7 +1,5 @@
 //! Guesses the wire below UCX and sets the sizes of descriptors and requests for it.
 
-use std::path::Path;
-
 /// The cost model of the wire below UCX. UCX does not tell which wire it uses, so the cost model is
 /// chosen from UCX's configuration and the host. The model is the same for all peers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,24 +20,21 @@ pub(super) enum Place {
 }
 
 impl Wire {
-    /// Chooses the model from `UCX_TLS`, the presence of an RDMA device, and the memory of the buffer.
-    pub(super) fn of_this_host(ucx_tls: Option<&str>, place: Place) -> Self {
-        Self::judge(ucx_tls, has_rdma(), place)
-    }
-
     /// Returns the reason why the built-in wire is better for GPU memory; `None` if it is not better. If UCX
     /// has only sockets, it moves 0.5 GB/s between two GPUs; the built-in wire moves at least 7 GB/s.
-    pub(super) fn poor(self, same_host: bool) -> Option<String> {
+    pub(super) fn poor(self, same_host: bool, rdma: bool) -> Option<String> {
         match self {
             Self::Streams => Some("UCX_TLS allows nixl only sockets for GPU memory".to_owned()),
-            Self::Descriptors if !same_host && !has_rdma() => {
+            Self::Descriptors if !same_host && !rdma => {
                 Some("nixl has no RDMA device here, only sockets for GPU memory".to_owned())
             }
             Self::Descriptors => None,
         }
     }
 
-    fn judge(ucx_tls: Option<&str>, rdma: bool, place: Place) -> Self {
+    /// Chooses the model from `UCX_TLS`, the presence of an RDMA device that NIXL can use, and the memory of the
+    /// buffer.
+    pub(super) fn judge(ucx_tls: Option<&str>, rdma: bool, place: Place) -> Self {
         let only =
             |names: &[&str]| ucx_tls.is_some_and(|tls| tls.split(',').all(|t| names.contains(&t)));
         let device_copies = match place {
@@ -83,12 +78,6 @@ impl Wire {
             Self::Streams => nixl::Merge::Nothing,
         }
     }
-}
-
-pub(super) fn has_rdma() -> bool {
-    Path::new("/sys/class/infiniband")
-        .read_dir()
-        .is_ok_and(|mut devices| devices.next().is_some())
 }
 
 #[cfg(test)]

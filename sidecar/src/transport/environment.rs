@@ -1,0 +1,103 @@
+//! Starts this program again with the environment that UCX and the dynamic linker need. Both read their variables before
+//! this program could change them.
+
+use std::net::IpAddr;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+
+use nix::ifaddrs::getifaddrs;
+
+use super::nixl;
+use super::rdma::{self, Settings, devices::Device};
+use super::ucx::{DEVICES, OWN_DEVICES, TLS, Ucx, address};
+use crate::exit::Exit;
+
+/// Restarts this process with UCX's variables that the environment does not set, and with the system's libibverbs if
+/// only that library knows an RDMA device. The process may have threads that read the environment, so the variables must
+/// not change in the running process; and the dynamic linker reads `LD_PRELOAD` only at the start. Returns `None` if no
+/// variable is missing, and an exit code if the restart fails. Does not return if the restart succeeds.
+pub(crate) fn prepare(ucx: &Ucx) -> Option<Exit> {
+    let mut wanted = ucx.variables.clone();
+    if let Some(host) = ucx.tcp_host.as_ref().filter(|_| !ucx.devices_given) {
+        match devices(host) {
+            Ok(interface) => {
+                // A device that Mooncake's file names for RDMA stays in the list.
+                match wanted.iter_mut().find(|(name, _)| *name == DEVICES) {
+                    Some((_, devices)) => *devices += &format!(",{interface}"),
+                    None => wanted.push((
+                        DEVICES,
+                        [interface]
+                            .into_iter()
+                            .chain(rdma_ports())
+                            .collect::<Vec<_>>()
+                            .join(","),
+                    )),
+                }
+                if !host.contains('.') && address(host).is_some_and(|ip| ip.is_ipv6()) {
+                    wanted.push(("UCX_TCP_AF_PRIO", "inet6".to_owned()));
+                }
+            }
+            Err(error) => {
+                eprintln!("error: {error}");
+                return Some(Exit::Unavailable);
+            }
+        }
+    }
+    if let Some((_, devices)) = wanted.iter().find(|(name, _)| *name == DEVICES) {
+        wanted.push((OWN_DEVICES, devices.clone()));
+    }
+    let mut missing: Vec<_> = wanted
+        .into_iter()
+        .filter(|(name, _)| std::env::var_os(name).is_none_or(|value| value.is_empty()))
+        .collect();
+    if ucx.is_loaded {
+        let mut settings = Settings::of_process();
+        for (name, value) in &missing {
+            match *name {
+                TLS => settings.tls.clone_from(value),
+                DEVICES => settings.net_devices.clone_from(value),
+                _ => {}
+            }
+        }
+        let libraries = rdma::preload(Path::new("/"), nixl::first_library(), settings);
+        missing.extend(libraries.map(|libraries| (rdma::PRELOAD, libraries)));
+    }
+    if missing.is_empty() {
+        return None;
+    }
+    let error = std::process::Command::new("/proc/self/exe")
+        .arg0(std::env::args_os().next().unwrap_or_default())
+        .args(std::env::args_os().skip(1))
+        .envs(missing)
+        .exec();
+    eprintln!("error: cannot restart this program with UCX's variables: {error}");
+    Some(Exit::Unavailable)
+}
+
+/// Returns the interface that has the address of `host`, because UCX accepts interfaces and not addresses.
+fn devices(host: &str) -> Result<String, String> {
+    let wanted = address(host)
+        .ok_or_else(|| format!("sidecar.nixl_over_tcp: cannot resolve the host {host}"))?;
+    let interfaces =
+        getifaddrs().map_err(|error| format!("cannot list the network interfaces: {error}"))?;
+    for interface in interfaces {
+        let ip = interface.address.and_then(|address| {
+            let v4 = address.as_sockaddr_in().map(|at| IpAddr::V4(at.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|at| IpAddr::V6(at.ip())))
+        });
+        if ip == Some(wanted) {
+            return Ok(interface.interface_name);
+        }
+    }
+    Err(format!(
+        "sidecar.nixl_over_tcp: no network interface has the address {wanted} of {host}: set pd_peer_host (a sender: \
+         sidecar.advertise_host) to an address of this machine, or UCX_NET_DEVICES to the interface"
+    ))
+}
+
+/// Returns all ports of all RDMA devices. If UCX's list of devices had only interfaces, UCX would not use
+/// RDMA.
+fn rdma_ports() -> Vec<String> {
+    let devices = rdma::devices::all(Path::new("/"));
+    devices.iter().flat_map(Device::ucx_names).collect()
+}
