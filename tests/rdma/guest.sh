@@ -10,7 +10,9 @@ export PATH=$folder/bin:$environment/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mount -t tmpfs tmpfs /tmp
 mkdir -p /lib/modules
 ln -sfn "$folder/system/lib/modules/$(uname -r)" "/lib/modules/$(uname -r)"
-modprobe -a ib_uverbs rdma_rxe rdma_ucm veth sch_netem
+# The kernel itself loads further modules, for example the checksum of SoftRoCE's packets.
+echo "$folder/bin/modprobe" >/proc/sys/kernel/modprobe
+modprobe -a crc32_generic ib_uverbs rdma_rxe rdma_ucm veth sch_netem
 
 # The two devices are connected by a cable, so that a test can slow or cut it. Both ends have addresses of this machine;
 # without these settings the kernel drops packets that come from a cable and have one of its own addresses.
