@@ -8,6 +8,16 @@ trap 'echo "$?" >"$folder/result"' EXIT
 
 export PATH=$folder/bin:$environment/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mount -t tmpfs tmpfs /tmp
+
+# virtme mounts the host's files without a cache, and Python then needs minutes for its imports. What does not change while
+# the tests run is mounted again, with a cache.
+mkdir -p /run/host /run/usr/upper /run/usr/work
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 cached /run/host
+mount -t overlay -o lowerdir=/run/host/usr,upperdir=/run/usr/upper,workdir=/run/usr/work usr /usr
+for path in "$repository/python" "$repository/tests" "$environment" "$lmcache"; do
+  [ ! -d "$path" ] || mount --bind "/run/host/$(realpath "$path")" "$(realpath "$path")"
+done
+
 mkdir -p /lib/modules
 ln -sfn "$folder/system/lib/modules/$(uname -r)" "/lib/modules/$(uname -r)"
 # The kernel itself loads further modules, for example the checksum of SoftRoCE's packets.
@@ -30,13 +40,18 @@ for end in 0 1; do rdma link add "rxe$end" type rxe netdev "cable$end"; done
 ulimit -l unlimited
 
 # Installs the system's libibverbs and its providers, as the packages libibverbs1 and ibverbs-providers do.
-cp -a "$folder"/system/usr/lib/x86_64-linux-gnu/libibverbs* "$folder"/system/usr/lib/x86_64-linux-gnu/libnl-* \
-  "$folder"/system/lib/x86_64-linux-gnu/libnl-* /usr/lib/x86_64-linux-gnu/ 2>/dev/null || true
+for libraries in usr/lib lib; do
+  for name in ibverbs nl- efa hns mana mlx; do
+    find "$folder/system/$libraries/x86_64-linux-gnu" -maxdepth 1 -name "lib$name*" -exec cp -a {} /usr/lib/x86_64-linux-gnu/ \;
+  done
+done
 cp -a "$folder/system/etc/libibverbs.d" /etc/
 
 echo "emulated machine: $(uname -r), $(nproc) cores, $(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) MiB, up for $(cut -d. -f1 /proc/uptime) s"
 rdma link
 cd "$repository"
 export PD_TEST_RDMA=1 PD_TEST_LMCACHE_VENV=$lmcache PYTHONDONTWRITEBYTECODE=1
+# Otherwise pytest reads the metadata of every package of the environment, which takes minutes here.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PD_TEST_SLOWNESS=10
 eval "set -- $(cat "$folder/arguments")"
-"$environment/bin/python" -m pytest tests/rdma -p no:cacheprovider -s -v "$@"
+"$environment/bin/python" -m pytest tests/rdma -p pytest_timeout -p no:cacheprovider -s -v "$@"

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from harness.drop_in.chunks import CHUNK_TOKENS, LAYOUT, TOKEN_BYTES, Prompt, sum_of
 from harness.logs import LOGS
-from harness.sidecar import Sidecar, SidecarOptions
+from harness.sidecar import SLOWNESS, Sidecar, SidecarOptions
 
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Ready, Target
 
-BOUND_S = 60.0
+BOUND_S = 20.0 * SLOWNESS
 
 # A PID namespace and an IPC namespace of its own are another host to a sidecar and to UCX's shared memory: the receiver
 # can neither watch the sender's process nor share memory with it.
@@ -46,7 +46,7 @@ class Sender:
     def start(self) -> None:
         self.sidecar.start()
         hello = Hello(VERSION, "test", "prefill", 0, 1, LAYOUT)
-        self.client = Client.connect(str(self.sidecar.socket), hello, timeout_s=30)
+        self.client = Client.connect(str(self.sidecar.socket), hello, timeout_s=10 * SLOWNESS)
 
     def kill(self) -> float:
         """Kills the sidecar with SIGKILL. Returns the time."""
@@ -126,7 +126,7 @@ class Receiver:
 
     def connect(self) -> Client:
         hello = Hello(VERSION, "test", "decode", 0, 1, LAYOUT)
-        return Client.connect(str(self.sidecar.socket), hello, timeout_s=30)
+        return Client.connect(str(self.sidecar.socket), hello, timeout_s=10 * SLOWNESS)
 
     @property
     def target(self) -> Target:

@@ -113,17 +113,18 @@ impl Selftest {
             peers_from_proxy: false,
             checksum: true,
             push: true,
-            // These times are shorter than the defaults, so that the test fails within seconds if a wire
-            // hangs.
+            // Most of these times are shorter than the defaults, so that the test fails within seconds if a wire
+            // hangs. Only the times for a link are longer: the first link over an emulated or busy RDMA device can
+            // take ten seconds.
             times: Times {
                 heartbeat: Duration::from_secs(1),
                 wait: Duration::from_secs(1),
                 park: Duration::from_millis(50),
                 repeat: Duration::from_millis(500),
-                link: Duration::from_secs(5),
+                link: Duration::from_secs(20),
                 stall: Duration::from_secs(10),
                 max_wait: Duration::from_secs(5),
-                no_sender: Duration::from_secs(5),
+                no_sender: Duration::from_secs(25),
                 unclaimed: Duration::from_secs(5),
                 max_lease: Duration::from_secs(10),
                 max_keep: Duration::from_secs(10),

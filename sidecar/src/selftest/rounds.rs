@@ -74,8 +74,8 @@ pub(super) enum Arrived {
 const SINGLE_EVERY: u64 = 4;
 /// Requests whose number is a multiple of this value are filled only after they were reported as staged.
 const LATE_EVERY: u64 = 3;
-/// Longest time of one request. No usable host needs more time.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest time of one request. No usable host needs more time, even for the request that makes the link.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Rounds {
     pub(super) fn new(
@@ -135,7 +135,7 @@ impl Rounds {
             keys: keys.clone(),
             tokens,
             have_tokens: 0,
-            deadline_ms: 10_000,
+            deadline_ms: 30_000,
             written: false,
         };
         // The decode request parks first, so that the measured time does not include a wait for this request.

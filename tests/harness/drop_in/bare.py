@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.client import call
 from harness.drop_in.chunks import LAYOUT
 from harness.drop_in.forked import START_BOUND_S
-from harness.drop_in.nodes import Notices, OurReceiver, OurSender
+from harness.drop_in.nodes import CONNECT_BOUND_S, Notices, OurReceiver, OurSender
 from harness.logs import LOGS
 from harness.process import Process
 from harness.sidecar import BINARIES
@@ -45,7 +45,7 @@ class _Bare:
             time.sleep(0.05)
         leg = "prefill" if self.role == "sender" else "decode"
         path = folder / "pd-sidecar" / f"{self.role}.sock"
-        self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT))]
+        self.clients = [Client.connect(str(path), Hello(VERSION, "test", leg, 0, 1, LAYOUT), CONNECT_BOUND_S)]
 
     def environ(self) -> dict[str, str]:
         """Returns the environment of the running sidecar."""

@@ -21,12 +21,13 @@ from harness.drop_in.forked import START_BOUND_S, ForkedPeer
 from harness.logs import LOGS
 from harness.ports import free_port
 from harness.process import Part
-from harness.sidecar import Sidecar, SidecarOptions
+from harness.sidecar import SLOWNESS, Sidecar, SidecarOptions
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Ready, Target
 
 SLOTS = 256
-BOUND_S = 40.0
+BOUND_S = 40.0 * SLOWNESS
+CONNECT_BOUND_S = 10.0 * SLOWNESS
 
 
 @dataclass
@@ -242,7 +243,7 @@ class _Ours:
     def _connect(self) -> None:
         leg = "prefill" if self.role == "sender" else "decode"
         hellos = [Hello(VERSION, "test", leg, rank, self.ranks, LAYOUT) for rank in range(self.ranks)]
-        self.clients = [Client.connect(str(self.sidecar.socket), hello) for hello in hellos]
+        self.clients = [Client.connect(str(self.sidecar.socket), hello, CONNECT_BOUND_S) for hello in hellos]
 
     def _close(self) -> None:
         for client in self.clients:
