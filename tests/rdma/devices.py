@@ -15,6 +15,10 @@ CLASS = Path("/sys/class/infiniband")
 RC = {"UCX_TLS": "rc_verbs,ud_verbs,self", "UCX_NET_DEVICES": "rxe0:1"}
 UD = {"UCX_TLS": "ud_verbs,self", "UCX_NET_DEVICES": "rxe0:1"}
 
+# An emulated core needs seconds for the first link over verbs. The defaults of both times are 5 s.
+LINK_MS = 60_000
+NO_SENDER_MS = 90_000
+
 # SoftRoCE puts at most this many bytes of data into a packet, over Ethernet with an MTU of 1500.
 PACKET_BYTES = 1024
 

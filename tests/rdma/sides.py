@@ -18,6 +18,7 @@ from harness.sidecar import SLOWNESS, Sidecar, SidecarOptions
 
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Ready, Target
+from rdma.devices import LINK_MS, NO_SENDER_MS
 
 BOUND_S = 20.0 * SLOWNESS
 
@@ -37,7 +38,7 @@ class Sender:
     def __init__(self, receiver: Receiver, name: str, folder: Path, within: list[str] | None = None) -> None:
         options = SidecarOptions(
             "sender", 16 * LAYOUT.chunk_bytes, transport="nixl", env=device("rxe1"), within=within or [],
-            keys={"id": name, "heartbeat_ms": 300},
+            keys={"id": name, "heartbeat_ms": 1000, "link_ms": LINK_MS},
         )  # fmt: skip
         self.receiver = receiver
         self.sidecar = Sidecar(options, folder, LOGS, name=name)
@@ -63,7 +64,7 @@ class Sender:
     def granted(self, req: str, prompt: Prompt) -> dict[int, int]:
         """Begins a request and returns the slot of each chunk. The decode side must have room for all of them."""
         decode, to = self.receiver.client, self.receiver.target
-        decode.await_(req, prompt.keys, tokens=prompt.tokens, have_tokens=0, deadline_ms=30_000)
+        decode.await_(req, prompt.keys, tokens=prompt.tokens, have_tokens=0, deadline_ms=200_000)
         self.client.reserve(req, to, prompt.keys, tokens=prompt.tokens, upto=prompt.tokens)
         slots: dict[int, int] = {}
         deadline = time.monotonic() + BOUND_S
@@ -117,7 +118,7 @@ class Receiver:
     def __init__(self, folder: Path, slots: int, **keys: object) -> None:
         options = SidecarOptions(
             "receiver", slots * LAYOUT.chunk_bytes, transport="nixl", env=device("rxe0"),
-            keys={"park_ms": 3000, **keys},
+            keys={"no_sender_ms": NO_SENDER_MS, "park_ms": 3000, **keys},
         )  # fmt: skip
         self.slots = slots
         self.sidecar = Sidecar(options, folder, LOGS)

@@ -17,7 +17,7 @@ from harness.drop_in import forked
 from harness.drop_in.chunks import TOKEN_BYTES, Prompt
 from harness.drop_in.nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, Receiver, Sender
 
-from rdma.devices import RC, counted, environment, ip
+from rdma.devices import LINK_MS, NO_SENDER_MS, RC, counted, environment, ip
 
 _requests = itertools.count(1)
 
@@ -29,9 +29,9 @@ BOTH = {**RC, "UCX_NET_DEVICES": "rxe0:1,rxe1:1"}
 def pair(env: dict[str, str], folder: Path, stack: ExitStack) -> tuple[OurSender, OurReceiver]:
     """Starts two sidecars. RDMA needs no consent to TCP ports of UCX."""
     stack.enter_context(environment(env))
-    receiver = OurReceiver(folder, nixl_over_tcp="refused", checksum=True, park_ms=3000)
+    receiver = OurReceiver(folder, nixl_over_tcp="refused", checksum=True, no_sender_ms=NO_SENDER_MS, park_ms=3000)
     stack.callback(receiver.stop)
-    sender = OurSender(folder, nixl_over_tcp="refused", checksum=True)
+    sender = OurSender(folder, nixl_over_tcp="refused", checksum=True, link_ms=LINK_MS)
     stack.callback(sender.stop)
     return sender, receiver
 
@@ -76,7 +76,9 @@ def test_every_chunk_arrives(ours: tuple[OurSender, OurReceiver], chunks: int, p
 def test_a_window_that_moves_on(ours: tuple[OurSender, OurReceiver], tmp_path: Path) -> None:
     sender, _ = ours
     with environment(RC):
-        few = OurReceiver(tmp_path, name="few", nixl_over_tcp="refused", checksum=True, park_ms=3000)
+        few = OurReceiver(
+            tmp_path, name="few", nixl_over_tcp="refused", checksum=True, no_sender_ms=NO_SENDER_MS, park_ms=3000
+        )
         few.stop()
         few.sidecar.options.buffer_bytes = few.sidecar.options.buffer_bytes // few.slots * FEW_SLOTS
         few.sidecar.start()
@@ -99,10 +101,10 @@ def test_a_device_that_goes_down_and_comes_back(tmp_path: Path) -> None:
     """The request ends with a reason while the cable is out; requests after it arrive, without a restart."""
     with ExitStack() as stack:
         with environment(RC):
-            receiver = OurReceiver(tmp_path, nixl_over_tcp="refused", park_ms=3000)
+            receiver = OurReceiver(tmp_path, nixl_over_tcp="refused", no_sender_ms=NO_SENDER_MS, park_ms=3000)
         stack.callback(receiver.stop)
         with environment({**RC, "UCX_NET_DEVICES": "rxe1:1"}):
-            sender = OurSender(tmp_path, nixl_over_tcp="refused", stall_ms=4000)
+            sender = OurSender(tmp_path, nixl_over_tcp="refused", stall_ms=20_000, link_ms=LINK_MS)
         stack.callback(sender.stop)
         push(sender, receiver, Prompt.of_chunks(3), parked=True)
         ip("link", "set", "cable0", "down")

@@ -345,7 +345,14 @@ class OurReceiver(_Ours):
         if not prompt.chunks:
             return sums
         client = self.clients[prompt.rank]
-        client.await_(req, prompt.keys, tokens=prompt.tokens, have_tokens=have, deadline_ms=15_000, written=written)
+        client.await_(
+            req,
+            prompt.keys,
+            tokens=prompt.tokens,
+            have_tokens=have,
+            deadline_ms=int(15_000 * SLOWNESS),
+            written=written,
+        )
         for event in self.until_ended(req, rank=prompt.rank):
             if isinstance(event, Ready):
                 for chunk, slot in zip(event.chunks, event.slots, strict=True):
