@@ -84,7 +84,9 @@ impl Member {
     pub fn is_called(&self, id: &str) -> bool {
         match id.strip_prefix(&*self.name) {
             Some("") => true,
-            Some(rest) => self.replicas && rest.len() > 1 && rest.starts_with('-'),
+            Some(rest) => {
+                self.replicas && rest.len() > 1 && rest.starts_with('-') && !rest.contains('/')
+            }
             None => false,
         }
     }

@@ -2,6 +2,8 @@
 
 #![allow(unreachable_pub, reason = "the program of the tests has no users")]
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -116,10 +118,14 @@ pub async fn echo_until(server: &mut RouterServer, done: impl Future<Output = ()
     }
 }
 
-/// Returns a port of this host at which no process listens.
+/// Returns a port of this host at which no process listens. The port is below 32768: Linux gives only higher ports to
+/// sockets that name none, so no other test's socket gets this port in the meantime.
 pub fn free_port() -> u16 {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    free.local_addr().unwrap().port()
+    let start = RandomState::new().build_hasher().finish() % 12_000;
+    let mut ports =
+        (0..12_000).map(|step| 20_000 + u16::try_from((start + step) % 12_000).unwrap());
+    let free = ports.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    free.expect("a free port")
 }
 
 /// Returns the resident memory of this process in bytes.
