@@ -4,6 +4,7 @@ the place of each engine, and the test sends the probes and signals that a kubel
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from rendered import (
     command,
     config_files,
     environment,
+    manifests,
     mount,
     pod,
     port,
@@ -39,6 +42,7 @@ from rendered import (
 
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import Granted, Hello, Layout, Ready, Target
+from pd_sidecar.store.client import StoreClient, address_of
 
 BOUND_S = 20.0
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
@@ -51,8 +55,10 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 parsed = [parser.parse_args(words) for words in json.load(sys.stdin)]
-transfers = [(words.port, words.kv_transfer_config) for words in parsed]
-print(json.dumps([(port, config.kv_role, config.kv_connector_module_path) for port, config in transfers]))
+def connectors(config):
+    several = config.kv_connector_extra_config.get("connectors")
+    return several or [{"kv_role": config.kv_role, "kv_connector_module_path": config.kv_connector_module_path}]
+print(json.dumps([(words.port, connectors(words.kv_transfer_config)) for words in parsed]))
 """
 
 everywhere = pytest.mark.parametrize("folder", FOLDERS)
@@ -108,10 +114,56 @@ def test_arguments_of_the_engines() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     parsed = json.loads(done.stdout.splitlines()[-1])
-    for (_, component), engine, (number, role, module) in zip(sides, engines, parsed, strict=True):
+    for (folder, component), engine, (number, (ours, *others)) in zip(sides, engines, parsed, strict=True):
         assert number == port(engine, "http")
-        assert role == f"kv_{ROLES[component]}"
-        assert find_spec(module) is not None
+        assert ours["kv_role"] == f"kv_{ROLES[component]}"
+        assert find_spec(ours["kv_connector_module_path"]) is not None
+        for other in others:
+            (tier,) = other["kv_connector_extra_config"]["secondary_tiers"]
+            made = getattr(import_module(tier.pop("module_path")), tier.pop("type"))
+            assert tier.keys() <= inspect.signature(made).parameters.keys()
+            host, port_of_store = address_of(tier["url"])
+            (service,) = (
+                m["spec"] for m in manifests(folder) if m["metadata"]["name"] == host and m["kind"] == "Service"
+            )
+            assert [each["port"] for each in service["ports"]] == [port_of_store]
+
+
+def answers(url: str, status: int) -> bool:
+    try:
+        return call(url, timeout_s=5.0)[0] == status
+    except OSError:
+        return False
+
+
+def test_the_store_keeps_values(tmp_path: Path) -> None:
+    """The store starts with the rendered arguments, answers its probes, and finds its values again after SIGTERM."""
+    container = pod("overlays/store", "store").container("store")
+    program, *arguments = command(container)
+    (address, data), admin = (f"127.0.0.1:{free_port()}", memoryview(b"kv" * 500)), free_port()
+    places = {
+        "--listen": address,
+        "--admin": f"127.0.0.1:{admin}",
+        "--disk": str(tmp_path / "store"),
+        "--disk-size": "1GiB",
+    }
+    flags = [f"{name}={places.get(name, value)}" for name, value in (argument.split("=", 1) for argument in arguments)]
+    assert len(flags) == len(arguments) and set(places) <= {flag.split("=")[0] for flag in flags}
+    client, got = StoreClient(f"lm://{address}"), bytearray(len(data))
+    for start in range(2):
+        process = Process("store", [BINARIES / program, *flags], tmp_path / "store.log")
+        try:
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                url = f"http://127.0.0.1:{admin}{container[probe]['httpGet']['path']}"
+                until(lambda: answers(url, 200), process, f"{probe} does not answer 200")  # noqa: B023
+            if start == 0:
+                client.put([(b"key", data)])
+            assert client.get([(b"key", memoryview(got))]) == [True]
+            assert got == data
+            process.signal(signal.SIGTERM)
+            process.wait(30.0)
+        finally:
+            process.kill()
 
 
 class Parts:

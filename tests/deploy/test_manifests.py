@@ -195,6 +195,17 @@ def test_policies_admit_what_the_parts_need(folder: str) -> None:
     assert _admits(folder, proxy, {"app": "stranger"}, 8000)
 
 
+def test_only_engines_reach_the_store() -> None:
+    """The store's protocol has no keys, so the policy is what keeps strangers away."""
+    folder = "overlays/store"
+    store, *engines = (pod(folder, component) for component in ("store", "prefill", "decode"))
+    ports = {each["name"]: each["containerPort"] for each in store.container("store")["ports"]}
+    for engine in engines:
+        assert _admits(folder, store, engine.labels, ports["lm"])
+        assert not _admits(folder, store, engine.labels, ports["admin"])
+    assert not _admits(folder, store, {"app": "stranger"}, ports["lm"])
+
+
 @everywhere
 def test_a_disruption_takes_one_engine_at_a_time(folder: str) -> None:
     budgets = [m["spec"] for m in manifests(folder) if m["kind"] == "PodDisruptionBudget"]

@@ -84,7 +84,8 @@ class Load:
                 # The proxy has not started, or its connection is refused.
                 tried.append(str(error))
                 continue
-            if status == 503 and "draining" in text:
+            # The proxy drains, or it has just started and has not read the list of instances yet.
+            if status == 503:
                 tried.append(text)
                 continue
             return None if status == 200 and f'"{text_of(prompt)}"' in text else f"{status} {text}"

@@ -2,6 +2,10 @@
 
 use super::finding::{Results, kinds};
 use super::subject::{Host, Subject};
+use crate::transport::environment::rdma_view;
+use crate::transport::rdma::devices::{Device, all};
+use crate::transport::rdma::{PRELOAD, Settings};
+use crate::transport::ucx::{DEVICES, TLS};
 
 kinds! {
     NO_DEVICE_FILE = Error "rdma-device-file":
@@ -14,8 +18,8 @@ kinds! {
     NO_PROVIDER = Error "rdma-provider":
         "libibverbs drives each kind of device by a provider library. NIXL's wheel has only the provider of mlx5, so UCX \
          does not see this device";
-        "install NIXL against the system's rdma-core, or put the folder with the provider's library on LD_LIBRARY_PATH \
-         together with the system's libibverbs.so.1";
+        "install the package with the provider (Debian and Ubuntu: ibverbs-providers). The sidecar then uses the system's \
+         libibverbs by itself (docs/rdma.md)";
     NO_GPUDIRECT = Warning "gpudirect":
         "without nvidia-peermem or dma-buf the network device cannot read GPU memory, and UCX copies through host memory";
         "modprobe nvidia-peermem, or use NVIDIA's open kernel modules with Linux 5.12 or newer";
@@ -26,16 +30,16 @@ pub(super) fn look(subject: &Subject<'_>, results: &mut Results) {
     let host = subject.host;
     let devices = devices(host);
     if devices.is_empty() {
-        results.fact("rdma", "no RDMA device");
+        results.fact(FACT, "no RDMA device");
         return;
     }
+    let shown: Vec<_> = devices.iter().map(ToString::to_string).collect();
+    let shown = shown.join(", ");
     if !subject.may_use_ucx() {
-        results.fact(
-            "rdma",
-            format!("{}: not used by this transport", devices.join(", ")),
-        );
+        results.fact(FACT, format!("{shown}: not used by this transport"));
         return;
     }
+    results.fact(FACT, &*shown);
     let files = host.list("/dev/infiniband");
     let opens = |file: &String| {
         let path = host.path(&format!("/dev/infiniband/{file}"));
@@ -50,27 +54,31 @@ pub(super) fn look(subject: &Subject<'_>, results: &mut Results) {
         .any(|file| file.starts_with("uverbs") && opens(file))
     {
         let seen = format!(
-            "the devices {} exist, but this process can open no file /dev/infiniband/uverbs*",
-            devices.join(", ")
+            "the kernel shows {shown}, but this process can open no file /dev/infiniband/uverbs*"
         );
         results.add(&NO_DEVICE_FILE, seen);
     }
     for device in &devices {
-        let folder = format!("/sys/class/infiniband/{device}");
-        for port in host.list(&format!("{folder}/ports")) {
-            let state = host.read(&format!("{folder}/ports/{port}/state"));
-            let state = state.unwrap_or_default();
-            results.fact("rdma", format!("{device}:{port} {state}"));
-            if !state.is_empty() && !state.contains("ACTIVE") {
-                results.add(&PORT_DOWN, format!("{device}:{port} is in state {state:?}"));
+        for port in &device.ports {
+            if !port.state.is_empty() && port.state != "ACTIVE" {
+                let seen = format!("{}:{} is {}", device.name, port.number, port.state);
+                results.add(&PORT_DOWN, seen);
             }
         }
-        if let Some(provider) = provider(host, device).filter(|name| !is_installed(subject, name)) {
-            let seen = format!(
-                "{device} needs the provider library lib{provider}-rdmav*.so, which is not found"
-            );
-            results.add(&NO_PROVIDER, seen);
-        }
+    }
+    let variable = |name| subject.variable(name).unwrap_or_default().to_owned();
+    let settings = Settings {
+        tls: variable(TLS),
+        net_devices: variable(DEVICES),
+        preloaded: variable(PRELOAD),
+        library_path: variable("LD_LIBRARY_PATH"),
+    };
+    for device in rdma_view(&host.path("/"), settings).without_any_provider() {
+        let seen = format!(
+            "{device} needs the provider library lib{}-rdmav*.so, which is not found",
+            device.provider
+        );
+        results.add(&NO_PROVIDER, seen);
     }
     let driver = host.read("/proc/driver/nvidia/version");
     if let Some(driver) = driver.filter(|_| host.list("/sys/module/nvidia_peermem").is_empty())
@@ -83,51 +91,13 @@ pub(super) fn look(subject: &Subject<'_>, results: &mut Results) {
     }
 }
 
-/// Returns the names of the RDMA devices.
-pub(super) fn devices(host: &Host) -> Vec<String> {
-    host.list("/sys/class/infiniband")
+/// Returns the RDMA devices of a host.
+pub(super) fn devices(host: &Host) -> Vec<Device> {
+    all(&host.path("/"))
 }
 
-/// Returns the name of the provider that drives a device; `None` for NVIDIA's devices, whose provider is in NIXL's wheel,
-/// and for unknown devices.
-fn provider(host: &Host, device: &str) -> Option<&'static str> {
-    let folder = format!("/sys/class/infiniband/{device}");
-    let driver = std::fs::read_link(host.path(&format!("{folder}/device/driver"))).ok();
-    let driver = driver.and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
-    // The software devices have no hardware. Their names begin with the name of their kind by custom.
-    let name = driver.as_deref().unwrap_or(device);
-    PROVIDERS
-        .iter()
-        .find(|(prefix, _)| name.starts_with(prefix))
-        .map(|(_, provider)| *provider)
-}
-
-/// Returns true if a folder in which libibverbs looks has the provider's library.
-fn is_installed(subject: &Subject<'_>, provider: &str) -> bool {
-    let prefix = format!("lib{provider}-rdmav");
-    let on_path = subject.variable("LD_LIBRARY_PATH").unwrap_or_default();
-    on_path
-        .split(':')
-        .filter(|folder| !folder.is_empty())
-        .any(|folder| {
-            let files = subject.host.list(folder);
-            files.iter().any(|file| file.starts_with(&prefix))
-        })
-}
-
-/// The beginning of the kernel driver's name, and the provider's name.
-const PROVIDERS: &[(&str, &str)] = &[
-    ("bnxt", "bnxt_re"),
-    ("irdma", "irdma"),
-    ("i40e", "irdma"),
-    ("ice", "irdma"),
-    ("efa", "efa"),
-    ("erdma", "erdma"),
-    ("hns", "hns"),
-    ("rxe", "rxe"),
-    ("rdma_rxe", "rxe"),
-    ("siw", "siw"),
-];
+/// The heading of this area's facts.
+const FACT: &str = "RDMA";
 
 #[cfg(test)]
 mod tests {
@@ -164,6 +134,9 @@ mod tests {
         fs::write(root.join("dev/infiniband/uverbs0"), "").unwrap();
         assert!(codes(root, &[]).is_empty());
         device(root, "erdma_0", "erdma", "1: DOWN\n");
+        fs::create_dir_all(root.join("usr/lib/x86_64-linux-gnu")).unwrap();
+        fs::write(root.join("usr/lib/x86_64-linux-gnu/libibverbs.so.1"), "").unwrap();
+        fs::write(root.join("usr/lib/x86_64-linux-gnu/libmlx5-rdmav34.so"), "").unwrap();
         assert_eq!(codes(root, &[]), ["rdma-port-down", "rdma-provider"]);
         fs::create_dir_all(root.join("libs")).unwrap();
         fs::write(root.join("libs/liberdma-rdmav34.so"), "").unwrap();

@@ -4,6 +4,7 @@ use super::finding::{Results, kinds};
 use super::rdma;
 use super::subject::Subject;
 use crate::config;
+use crate::transport::rdma::devices::Device;
 use crate::transport::ucx::{DEVICES, TLS};
 
 kinds! {
@@ -71,10 +72,7 @@ fn transports(subject: &Subject<'_>, tls: &str, results: &mut Results) {
 fn devices(subject: &Subject<'_>, list: &str, results: &mut Results) {
     let host = subject.host;
     let mut known = host.list("/sys/class/net");
-    for device in rdma::devices(host) {
-        let ports = host.list(&format!("/sys/class/infiniband/{device}/ports"));
-        known.extend(ports.into_iter().map(|port| format!("{device}:{port}")));
-    }
+    known.extend(rdma::devices(host).iter().flat_map(Device::ucx_names));
     for name in names(list).1 {
         let is_pattern = name.contains(['*', '?', '[']);
         if name.is_empty() || name == "all" || is_pattern || known.contains(&name) {

@@ -8,7 +8,7 @@ use std::path::Path;
 use nix::ifaddrs::getifaddrs;
 
 use super::nixl;
-use super::rdma::{self, Settings, devices::Device};
+use super::rdma::{self, Settings, View, devices::Device};
 use super::ucx::{DEVICES, OWN_DEVICES, TLS, Ucx, address};
 use crate::exit::Exit;
 
@@ -72,6 +72,12 @@ pub(crate) fn prepare(ucx: &Ucx) -> Option<Exit> {
         .exec();
     eprintln!("error: cannot restart this program with UCX's variables: {error}");
     Some(Exit::Unavailable)
+}
+
+/// Returns the RDMA devices below `root` as the NIXL of this process sees them. `root` is `/` or a test's own folder.
+pub(crate) fn rdma_view(root: &Path, settings: Settings) -> View {
+    let nixl = nixl::first_library().unwrap_or_default();
+    View::new(root, &nixl, settings)
 }
 
 /// Returns the interface that has the address of `host`, because UCX accepts interfaces and not addresses.

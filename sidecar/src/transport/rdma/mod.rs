@@ -86,6 +86,19 @@ impl View {
             .any(|device| self.has_provider(device))
     }
 
+    /// Returns the devices that UCX may use and NIXL cannot use: neither NIXL's libibverbs nor the system's, with which
+    /// the sidecar would start again, has the provider.
+    pub(crate) fn without_any_provider(&self) -> Vec<&Device> {
+        let system = |device: &Device| {
+            self.system
+                .as_ref()
+                .is_some_and(|system| system.has(&device.provider))
+        };
+        let mut devices = self.permitted();
+        devices.retain(|device| !self.has_provider(device) && !system(device));
+        devices
+    }
+
     /// Returns a text for each reason why NIXL cannot use a device that it is to use: what is missing, and what to do.
     pub(crate) fn complaints(&self) -> Vec<String> {
         let Settings {
