@@ -161,7 +161,7 @@ def test_what_one_engine_puts_another_loads(store: Store, sides: tuple[Side, Sid
     assert got.success and got.transfer_bytes == 150 * CHUNK
     assert np.array_equal(other.memory[:150], one.memory[:150])
     assert not other.memory[150:].any()
-    # What the store has is not put again.
+    # Chunks that the store has are not put again.
     assert one.store(range(100, 160)).transfer_bytes == 10 * CHUNK
     assert store.metrics().sum("pd_store_put_bytes") == 160 * CHUNK
 

@@ -173,7 +173,7 @@ def test_no_byte_of_a_dead_sender_is_sent_again(receiver: Receiver, sender: Send
             begin(sender, watcher, "cut")
             ip("link", "set", "cable1", "down")
             killed = sender.kill()
-            # What was beyond the cable when it was cut.
+            # Packets that were beyond the cable when it was cut.
             time.sleep(1)
         receiver.wait_quarantined(CHUNKS)
         ip("link", "set", "cable1", "up")

@@ -97,6 +97,17 @@ impl Results {
         });
     }
 
+    /// Adds a measured rate. If it is below the usual one, also adds a finding of this kind: `moves` says what moves how
+    /// much, and `cure` what to do.
+    pub(super) fn rate(&mut self, slow: &'static Kind, moves: &str, cure: &str, rate: Rate) {
+        let least = rate.at_least_gb_per_s;
+        if rate.gb_per_s < least {
+            let seen = format!("{moves}, and at least {least:.1} are usual");
+            self.add_with(slow, seen, cure);
+        }
+        self.rates.push(rate);
+    }
+
     /// Adds a property of the host.
     pub(super) fn fact(&mut self, area: &'static str, text: impl Into<String>) {
         let text = text.into();

@@ -280,20 +280,15 @@ fn judge(config: &Config, to: &Target, moved: &Moved, results: &mut Results) {
     let Some(rate) = link.measured_gb_per_s else {
         return;
     };
-    if rate < expected.least_gb_s {
-        let seen = format!(
-            "{} to {peer} moves {rate:.3} GB/s, and at least {:.1} are usual",
-            link.transport, expected.least_gb_s
-        );
-        results.add_with(&SLOW_PAIR, seen, expected.hint);
-    }
-    results.rates.push(Rate {
+    let moves = format!("{} to {peer} moves {rate:.3} GB/s", link.transport);
+    let rate = Rate {
         transport: link.transport,
         memory: format!("this host to {peer}"),
         gb_per_s: rate,
         at_least_gb_per_s: expected.least_gb_s,
         route: String::new(),
-    });
+    };
+    results.rate(&SLOW_PAIR, &moves, expected.hint, rate);
 }
 
 /// Tokens of a chunk if the configuration names none: LMCache's default.

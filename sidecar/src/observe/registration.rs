@@ -1,7 +1,8 @@
 //! Registers this sidecar and its load with the proxy, and reports the progress of requests.
 //!
 //! Without keys the messages go in one direction only: the proxy acknowledges a registration by an HTTP call to the admin
-//! server. A proxy that proves a key also answers: it confirms the registration, or says why it does not. One task owns the socket and sends all messages, so no other task waits for the proxy.
+//! server. A proxy that proves a key also answers: it confirms the registration, or says why it does not. One task owns
+//! the socket and sends all messages, so no other task waits for the proxy.
 //!
 //! LMCache's proxy also listens on a registration port, but it does not call back. When LMCache's proxy
 //! receives a message that it does not know, it closes the port for ever, and each of its clients then waits

@@ -177,8 +177,8 @@ impl Registration {
     }
 }
 
-/// Checks that a message concerns its sender: a name that the roster permits for its key, a role that the roster gives to it, and hosts
-/// that the roster gives to it. A member of the roster must not register, remove or report for another member.
+/// Checks that a message concerns its sender: a name that the roster permits for its key, and a role and hosts that the
+/// roster gives to it. A member of the roster must not register, remove or report for another member.
 ///
 /// # Errors
 /// The field that does not fit, and the cure.
