@@ -157,7 +157,8 @@ class StoreTier(SecondaryTierManager):
                 self._pending -= len(job.keys) * self.block_size_bytes
             elif not success:
                 # Otherwise vLLM would ask for the missing chunks again and again.
-                self._lookups.mark_miss([key for key in job.keys if key not in set(job.done)])
+                done = set(job.done)
+                self._lookups.mark_miss([key for key in job.keys if key not in done])
             loaded = tuple(job.done) if job.is_load and not success else None
             moved = len(job.done) * self.block_size_bytes
             yield JobResult(job_id, success, loaded, transfer_time=seconds, transfer_bytes=moved)
