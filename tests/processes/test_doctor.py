@@ -454,12 +454,17 @@ def test_the_rate_between_two_hosts(tmp_path: Path) -> None:
             flags: list[str | Path] = ["--insecure"]
             lost = doctor(sender.configure(), "--push", f"{OUR_END}:1:1", within=within[:4], seconds=1)
             assert "no_link" in lost.seen("pair-moves-nothing")
-            answering = ThreadPoolExecutor(1).submit(doctor, receiver.configure(), "--answer", *flags)
-            found = doctor(sender.configure(), "--push", target, within=within[:4], seconds=1)
+            # The side that pushes comes first: it waits for the other side.
+            pushing = ThreadPoolExecutor(1).submit(
+                doctor, sender.configure(), "--push", target, within=within[:4], seconds=1
+            )
+            log = tmp_path / "sender.log"
+            until("no request was refused", lambda: "reason=no_engine" in log.read_text())
+            arrived = doctor(receiver.configure(), "--answer", *flags)
+            found = pushing.result(RUN_BOUND_S)
             assert "pair-moves-nothing" not in found.codes, found.json
             (rate,) = found.json["measured"]
             assert rate["transport"] == "tcp" and rate["gb_per_s"] > 0
-            arrived = answering.result(RUN_BOUND_S)
             (fact,) = (fact["text"] for fact in arrived.json["facts"] if fact["area"] == "pair")
             requests, size = int(fact.split()[0]), int(fact.split()[3])
             assert requests >= 1 and size == requests * (8 << 20)

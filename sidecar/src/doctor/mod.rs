@@ -178,7 +178,10 @@ impl Doctor {
             (area.look)(&subject, &mut results);
         }
         if let (Some(config), Some(to)) = (&config, &self.push) {
-            self.progress(&format!("pushing to {}:{} ...", to.host, to.init_port));
+            self.progress(&format!(
+                "pushing to {}:{}, where the doctor's --answer has to run ...",
+                to.host, to.init_port
+            ));
             pair::push(config, to, self.seconds, &mut results);
         } else if let (Some(config), true) = (&config, self.answer) {
             self.progress("waiting for the doctor's --push of another host ...");

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use protocol::Layout;
+use protocol::Reason;
 use protocol::RequestId;
 use protocol::dlist::Memory;
 use protocol::local::{Await, EngineRole, Release, Reserve, Staged, Target, ToEngine, ToSidecar};
@@ -130,8 +131,9 @@ async fn pushes(config: &Config, to: &Target, time: Duration) -> Result<Moved, F
     let layout = layout(config);
     let mut engine = connect(config, EngineRole::Prefill).await?;
     let mut moved = Moved::default();
-    let end = Instant::now() + time;
-    while moved.requests == 0 || Instant::now() < end {
+    let answered = Instant::now() + FIRST;
+    let mut end = None;
+    loop {
         let (req, tokens, keys) = request(moved.requests, &layout);
         let reserve = Reserve {
             req: req.clone(),
@@ -142,7 +144,7 @@ async fn pushes(config: &Config, to: &Target, time: Duration) -> Result<Moved, F
             overlap: true,
         };
         send(&mut engine, ToSidecar::Reserve(reserve)).await?;
-        loop {
+        let ended = loop {
             match next(&mut engine, REQUEST).await? {
                 ToEngine::Granted(granted) if granted.req == req && !granted.chunks.is_empty() => {
                     let staged = Staged {
@@ -155,21 +157,40 @@ async fn pushes(config: &Config, to: &Target, time: Duration) -> Result<Moved, F
                     send(&mut engine, ToSidecar::Staged(staged)).await?;
                 }
                 ToEngine::Ended(ended) if ended.req == req => {
-                    if let Some(reason) = ended.reason {
-                        return Err(Failure::Transfer(format!(
-                            "the sender ended request {} with the reason {reason}",
-                            moved.requests + 1
-                        )));
-                    }
-                    moved.bytes += ended.bytes;
-                    break;
+                    break ended;
                 }
                 _ => {}
             }
+        };
+        match ended.reason {
+            None => {
+                moved.requests += 1;
+                moved.bytes += ended.bytes;
+                if Instant::now() >= *end.get_or_insert_with(|| Instant::now() + time) {
+                    return Ok(moved);
+                }
+            }
+            Some(reason)
+                if moved.requests == 0 && is_early(reason) && Instant::now() < answered =>
+            {
+                tokio::time::sleep(AGAIN).await;
+            }
+            Some(reason) => {
+                return Err(Failure::Transfer(format!(
+                    "the sender ended request {} with the reason {reason}",
+                    moved.requests + 1
+                )));
+            }
         }
-        moved.requests += 1;
     }
-    Ok(moved)
+}
+
+/// Returns true if the reason can mean that the other host's `--answer` has not started yet.
+fn is_early(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::NoEngine | Reason::StaleEpoch | Reason::Unclaimed
+    )
 }
 
 async fn answers(config: &Config) -> Result<Moved, Failure> {
@@ -301,5 +322,7 @@ const CHUNKS: u32 = 8;
 const REQUEST: Duration = Duration::from_secs(40);
 /// Time for which a request waits for its sender.
 const PARKED_MS: u32 = 5_000;
-/// Time for which the decode side waits for the first request.
+/// Time for which each side waits for the first request: long enough to type the other command on the other host.
 const FIRST: Duration = Duration::from_secs(300);
+/// Time between two attempts of the prefill side while the other side has not started.
+const AGAIN: Duration = Duration::from_millis(200);
