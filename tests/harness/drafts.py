@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from harness.model import MAX_POSITIONS, VOCABULARY, write_tokenizer
+from harness.once import written_once
 
 HIDDEN, INTERMEDIATE, LAYERS = 128, 256, 2
 # Standard deviation of what attention adds.
@@ -27,31 +28,29 @@ TARGET_BYTES = 2 * LAYERS * TARGET_HEADS * TARGET_SIZE * 4
 DRAFT_BYTES = 2 * DRAFT_LAYERS * DRAFT_HEADS * DRAFT_SIZE * 4
 
 
-def write_target(folder: Path, noise: float = NOISE) -> Path:
-    """Writes the model into `folder`, unless the folder contains it already, and returns the folder."""
-    if not (folder / "done").exists():
-        random = torch.Generator().manual_seed(0)
-        tensors = {"model.embed_tokens.weight": _embedding(random), "model.norm.weight": torch.ones(HIDDEN)}
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0).clone()
-        for layer in range(LAYERS):
-            tensors |= _layer(f"model.layers.{layer}", TARGET_HEADS, TARGET_SIZE, noise, random)
-        _write(folder, tensors, LAYERS, TARGET_HEADS, TARGET_SIZE)
-    return folder
+@written_once
+def write_target(folder: Path, noise: float = NOISE) -> None:
+    """Writes the model into `folder`."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {"model.embed_tokens.weight": _embedding(random), "model.norm.weight": torch.ones(HIDDEN)}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0).clone()
+    for layer in range(LAYERS):
+        tensors |= _layer(f"model.layers.{layer}", TARGET_HEADS, TARGET_SIZE, noise, random)
+    _write(folder, tensors, LAYERS, TARGET_HEADS, TARGET_SIZE)
 
 
-def write_draft(folder: Path, noise: float = NOISE) -> Path:
-    """Writes the draft into `folder`, unless the folder contains it already, and returns the folder."""
-    if not (folder / "done").exists():
-        random = torch.Generator().manual_seed(0)
-        tensors = {"embed_tokens.weight": _embedding(random)}
-        # The draft reads the token's embedding, and ignores the model's hidden state.
-        tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)), 1)
-        for layer in range(DRAFT_LAYERS):
-            tensors |= _layer(f"layers.{layer}", DRAFT_HEADS, DRAFT_SIZE, noise, random)
-        # The first layer of an EAGLE draft has no normalisation of its input.
-        del tensors["layers.0.input_layernorm.weight"]
-        _write(folder, tensors, DRAFT_LAYERS, DRAFT_HEADS, DRAFT_SIZE)
-    return folder
+@written_once
+def write_draft(folder: Path, noise: float = NOISE) -> None:
+    """Writes the draft into `folder`."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {"embed_tokens.weight": _embedding(random)}
+    # The draft reads the token's embedding, and ignores the model's hidden state.
+    tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)), 1)
+    for layer in range(DRAFT_LAYERS):
+        tensors |= _layer(f"layers.{layer}", DRAFT_HEADS, DRAFT_SIZE, noise, random)
+    # The first layer of an EAGLE draft has no normalisation of its input.
+    del tensors["layers.0.input_layernorm.weight"]
+    _write(folder, tensors, DRAFT_LAYERS, DRAFT_HEADS, DRAFT_SIZE)
 
 
 def _embedding(random: torch.Generator) -> torch.Tensor:
@@ -77,7 +76,6 @@ def _layer(base: str, kv_heads: int, size: int, noise: float, random: torch.Gene
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], layers: int, kv_heads: int, size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
@@ -99,4 +97,3 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], layers: int, kv_heads
         "eos_token_id": 1,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "done").touch()

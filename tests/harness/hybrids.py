@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from harness.model import MAX_POSITIONS, VOCABULARY, write_tokenizer
+from harness.once import written_once
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -150,26 +151,22 @@ MODELS = {
 }
 
 
-def write_hybrid(folder: Path, model_name: str, std: float = 0.1) -> Path:
-    """Writes the model `model_name` into `folder`, unless the folder contains it already, and returns the folder."""
-    done = folder / "done-3"
-    if not done.exists():
-        from transformers import AutoModelForCausalLM
+@written_once
+def write_hybrid(folder: Path, model_name: str, std: float = 0.1) -> None:
+    """Writes the model `model_name` into `folder`."""
+    from transformers import AutoModelForCausalLM
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer(folder)
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(MODELS[model_name]())
-        for weights in model.parameters():
-            if weights.dim() > 1:
-                torch.nn.init.normal_(weights, std=std)
-        for name, weights in model.named_parameters():
-            if name.endswith("A_log"):
-                # The default forgets a token after one or two more, so a lost state would hardly change a text.
-                torch.nn.init.uniform_(weights, -5.0, -2.0)
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                # The default weighs all tokens about equally, so that no single token would matter.
-                torch.nn.init.constant_(weights, 2.0)
-        model.save_pretrained(folder)
-        done.touch()
-    return folder
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODELS[model_name]())
+    for weights in model.parameters():
+        if weights.dim() > 1:
+            torch.nn.init.normal_(weights, std=std)
+    for name, weights in model.named_parameters():
+        if name.endswith("A_log"):
+            # The default forgets a token after one or two more, so a lost state would hardly change a text.
+            torch.nn.init.uniform_(weights, -5.0, -2.0)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            # The default weighs all tokens about equally, so that no single token would matter.
+            torch.nn.init.constant_(weights, 2.0)
+    model.save_pretrained(folder)

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from harness.once import written_once
+
 LAYERS = 4
 HIDDEN = 256
 HEADS = 4
@@ -50,145 +52,125 @@ LORA_RANK = 8
 LORA_ALPHA = 64
 
 
-def write_model(folder: Path, *, layers: int = LAYERS) -> Path:
-    """Writes the model into `folder`, unless the folder contains it already, and returns the folder.
+@written_once
+def write_model(folder: Path, *, layers: int = LAYERS) -> None:
+    """Writes the model into `folder`.
 
     Layers above the usual number return their input unchanged: they have KV of their own, but do not change the text.
     """
-    done = folder / "done"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer(folder)
-        _write_weights(folder, layers)
-        done.touch()
-    return folder
+    write_tokenizer(folder)
+    _write_weights(folder, layers)
 
 
-def write_gemma(folder: Path) -> Path:
-    """Writes a Gemma 4, whose layers have heads of two sizes, unless the folder contains it already. Returns the
-    folder.
-    """
-    done = folder / "done"
-    if not done.exists():
-        # Import the module in this function: only this model needs the module, and the import takes seconds.
-        from transformers import AutoModelForCausalLM
-        from transformers.models.gemma4 import Gemma4TextConfig
+@written_once
+def write_gemma(folder: Path) -> None:
+    """Writes a Gemma 4, whose layers have heads of two sizes."""
+    # Import the module in this function: only this model needs the module, and the import takes seconds.
+    from transformers import AutoModelForCausalLM
+    from transformers.models.gemma4 import Gemma4TextConfig
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer(folder)
-        config = Gemma4TextConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            num_global_key_value_heads=KV_HEADS,
-            head_dim=HEAD_SIZE,
-            global_head_dim=2 * HEAD_SIZE,
-            hidden_size_per_layer_input=0,
-            vocab_size_per_layer_input=VOCABULARY,
-            num_kv_shared_layers=0,
-            layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
-            sliding_window=512,
-            max_position_embeddings=MAX_POSITIONS,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-            dtype="float32",
-        )
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        for weights in model.parameters():
-            if weights.dim() > 1:
-                torch.nn.init.normal_(weights, std=WEIGHT_STD)
-        model.save_pretrained(folder)
-        done.touch()
-    return folder
+    write_tokenizer(folder)
+    config = Gemma4TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        num_global_key_value_heads=KV_HEADS,
+        head_dim=HEAD_SIZE,
+        global_head_dim=2 * HEAD_SIZE,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+        sliding_window=512,
+        max_position_embeddings=MAX_POSITIONS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for weights in model.parameters():
+        if weights.dim() > 1:
+            torch.nn.init.normal_(weights, std=WEIGHT_STD)
+    model.save_pretrained(folder)
 
 
-def write_llava(folder: Path, *, layers: int = LAYERS) -> Path:
-    """Writes a Llava into `folder`, unless the folder contains it already, and returns the folder.
+@written_once
+def write_llava(folder: Path, *, layers: int = LAYERS) -> None:
+    """Writes a Llava into `folder`.
 
     It reads images of any size as `IMAGE_TOKENS` tokens. For text alone it is the model of `write_model`.
     """
-    done = folder / "done"
-    if not done.exists():
-        # Import it here: only this model needs it, and the import takes seconds.
-        from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
-        from transformers.models.llava import LlavaForConditionalGeneration
+    # Import it here: only this model needs it, and the import takes seconds.
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers.models.llava import LlavaForConditionalGeneration
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer(folder, IMAGE_TOKEN)
-        vision = CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=IMAGE_PIXELS,
-            patch_size=PATCH_PIXELS,
-        )
-        text = LlamaConfig(**_text_config(layers))
-        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, dtype="float32")
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
-        for weights in model.parameters():
-            if weights.dim() > 1:
-                torch.nn.init.normal_(weights, std=WEIGHT_STD)
-        # vLLM and this version of Transformers have different names for the vision tower's weights.
-        tensors = {
-            name.replace("model.vision_tower.", "model.vision_tower.vision_model.").removeprefix("model."): value
-            for name, value in model.state_dict().items()
-            if "language_model" not in name and "lm_head" not in name
-        }
-        tensors |= {f"language_model.{name}": value for name, value in _weights(layers).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config.architectures = ["LlavaForConditionalGeneration"]
-        config.save_pretrained(folder)
-        size = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
-        CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
-        _write_json(
-            folder / "processor_config.json",
-            {
-                "processor_class": "LlavaProcessor",
-                "patch_size": PATCH_PIXELS,
-                "vision_feature_select_strategy": "default",
-                "image_token": IMAGE_TOKEN,
-                "num_additional_image_tokens": 1,
-            },
-        )
-        done.touch()
-    return folder
+    write_tokenizer(folder, IMAGE_TOKEN)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_PIXELS,
+        patch_size=PATCH_PIXELS,
+    )
+    text = LlamaConfig(**_text_config(layers))
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, dtype="float32")
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    for weights in model.parameters():
+        if weights.dim() > 1:
+            torch.nn.init.normal_(weights, std=WEIGHT_STD)
+    # vLLM and this version of Transformers have different names for the vision tower's weights.
+    tensors = {
+        name.replace("model.vision_tower.", "model.vision_tower.vision_model.").removeprefix("model."): value
+        for name, value in model.state_dict().items()
+        if "language_model" not in name and "lm_head" not in name
+    }
+    tensors |= {f"language_model.{name}": value for name, value in _weights(layers).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(folder)
+    size = {"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    _write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "patch_size": PATCH_PIXELS,
+            "vision_feature_select_strategy": "default",
+            "image_token": IMAGE_TOKEN,
+            "num_additional_image_tokens": 1,
+        },
+    )
 
 
-def write_lora(folder: Path, seed: int = 1) -> Path:
-    """Writes a LoRA adapter for the query projections of `write_llava`, unless the folder contains it already. Returns
-    the folder.
-    """
-    done = folder / "done"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        random = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for layer in range(LAYERS):
-            base = f"base_model.model.model.language_model.layers.{layer}.self_attn.q_proj"
-            tensors[f"{base}.lora_A.weight"] = torch.randn(LORA_RANK, HIDDEN, generator=random) * 0.2
-            tensors[f"{base}.lora_B.weight"] = torch.randn(HEADS * HEAD_SIZE, LORA_RANK, generator=random) * 0.2
-        save_file(tensors, folder / "adapter_model.safetensors")
-        _write_json(
-            folder / "adapter_config.json",
-            {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "r": LORA_RANK,
-                "lora_alpha": LORA_ALPHA,
-                "lora_dropout": 0.0,
-                "bias": "none",
-                "target_modules": ["q_proj"],
-            },
-        )
-        done.touch()
-    return folder
+@written_once
+def write_lora(folder: Path, seed: int = 1) -> None:
+    """Writes a LoRA adapter for the query projections of `write_llava`."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        base = f"base_model.model.model.language_model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{base}.lora_A.weight"] = torch.randn(LORA_RANK, HIDDEN, generator=random) * 0.2
+        tensors[f"{base}.lora_B.weight"] = torch.randn(HEADS * HEAD_SIZE, LORA_RANK, generator=random) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors")
+    _write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": LORA_RANK,
+            "lora_alpha": LORA_ALPHA,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": ["q_proj"],
+        },
+    )
 
 
 def write_tokenizer(folder: Path, *special: str) -> None:
