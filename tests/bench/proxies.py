@@ -27,7 +27,7 @@ from bench.figures import Figures, Row, median
 EXAMPLES = BINARIES / "examples"
 ROUTERS = ROOT / "target" / "routers-venv"
 
-ROUNDS = 3
+ROUNDS = 7
 SECONDS = "2.5"
 CONNECTIONS = "32"
 ROUTER_CORE, OTHER_CORE = "0", "1"
