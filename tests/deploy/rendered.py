@@ -20,7 +20,7 @@ from harness.sidecar import BINARIES, ROOT
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 FOLDERS = ["base", *sorted(f"overlays/{path.parent.name}" for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))]
-RENDER_BOUND_S = 60.0
+RENDER_BOUND_S = 120.0
 
 POD_IP = "10.0.0.9"
 

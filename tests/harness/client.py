@@ -66,7 +66,7 @@ def ask(url: str, body: object = None, *, method: str | None = None, timeout_s: 
         return Reply(exchange.response.status, headers, exchange.response.read().decode(errors="replace"))
 
 
-def get_json(url: str, *, timeout_s: float = 10.0) -> Any:
+def get_json(url: str, *, timeout_s: float = 30.0) -> Any:
     status, text = call(url, timeout_s=timeout_s)
     if status // 100 != 2:
         raise HttpError(status, text)

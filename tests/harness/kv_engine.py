@@ -23,7 +23,7 @@ from pd_sidecar.sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
 TOKEN_BYTES = LAYOUT.chunk_bytes // CHUNK_TOKENS
 PARK_MS = 10_000
-LEG_BOUND_S = 30.0
+LEG_BOUND_S = 60.0
 
 
 def text_of(prompt: list[int]) -> str:

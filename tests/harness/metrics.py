@@ -24,7 +24,7 @@ class Metrics:
 
     @classmethod
     def scrape(cls, url: str) -> Self:
-        status, text = call(url, timeout_s=10.0)
+        status, text = call(url, timeout_s=30.0)
         if status != 200:
             raise HttpError(status, text)
         return cls(text)

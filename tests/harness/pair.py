@@ -148,7 +148,7 @@ class Pair:
         for engine in (self.decode, self.prefill):
             engine.warm_up()
 
-    def wait_sidecars(self, bound_s: float = 30.0) -> None:
+    def wait_sidecars(self, bound_s: float = 60.0) -> None:
         """Returns when the sidecars and the proxy are ready again after a restart of sidecars, proxy or engines."""
         self.sender.wait_ready(bound_s)
         self.receiver.wait_ready(bound_s)
@@ -271,24 +271,24 @@ class Pair:
     def prompt_tokens_since(self, before: PromptTokens, at_least: int, *, engine: Engine | None = None) -> PromptTokens:
         """Returns the prompt tokens that an engine has counted since the counts `before` were read.
 
-        The default is the decode engine. Waits up to 15 s for `at_least` tokens: an engine's counters
+        The default is the decode engine. Waits up to 60 s for `at_least` tokens: an engine's counters
         change a moment after its answer, and the decode engine may even answer before the prefill engine has counted.
         """
         engine = engine or self.decode
-        deadline = time.monotonic() + 15.0
+        deadline = time.monotonic() + 60.0
         while True:
             tokens = engine.prompt_tokens() - before
             if tokens.external + tokens.cached + tokens.computed >= at_least or time.monotonic() > deadline:
                 return tokens
             time.sleep(0.05)
 
-    def wait_empty(self, bound_s: float = 15.0) -> None:
+    def wait_empty(self, bound_s: float = 60.0) -> None:
         """Returns when no engine and no sidecar holds a request, a slot or a KV block."""
         self.wait_engines_idle(bound_s)
         self.sender.wait_empty(bound_s)
         self.receiver.wait_empty(bound_s)
 
-    def wait_engines_idle(self, bound_s: float = 15.0) -> None:
+    def wait_engines_idle(self, bound_s: float = 60.0) -> None:
         """Returns when neither engine has a request or holds KV blocks for a request."""
         deadline = time.monotonic() + bound_s
         for engine in (self.prefill, self.decode):

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Protocol
 
 # Time between SIGTERM and SIGKILL. vLLM needs about 3 s to end on two cores.
-STOP_GRACE_S = 20.0
+STOP_GRACE_S = 30.0
 
 # Time in which a killed process must disappear.
-KILL_GRACE_S = 10.0
+KILL_GRACE_S = 60.0
 
 
 class ProcessFailed(RuntimeError):

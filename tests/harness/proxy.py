@@ -14,7 +14,8 @@ from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import BINARIES
 
-RECORD_BOUND_S = 5.0
+START_BOUND_S = 60.0
+RECORD_BOUND_S = 30.0
 
 
 class Proxy(Part):
@@ -33,7 +34,7 @@ class Proxy(Part):
             "--registration", self.registration, *self._flags,
         ]  # fmt: skip
         self.process = Process("proxy", command, self._logs / "proxy.log")
-        self._until("/health", 10.0)
+        self._until("/health", START_BOUND_S)
 
     @contextlib.contextmanager
     def flags(self, *words: str) -> Iterator[None]:
@@ -59,7 +60,7 @@ class Proxy(Part):
         self.stop()
         self.start()
 
-    def wait_ready(self, bound_s: float = 30.0) -> None:
+    def wait_ready(self, bound_s: float = 60.0) -> None:
         """Returns when the proxy has a ready prefill instance and a ready decode instance."""
         self._until("/ready", bound_s)
         assert self.process is not None

@@ -20,7 +20,7 @@ from harness.sidecar import ROOT
 
 ROUTERS = ROOT / "target" / "routers-venv"
 EXAMPLES = ROOT / "target" / "example-proxies"
-BOUND_S = 30.0
+BOUND_S = 60.0
 # LMCache's proxy imports torch, and an engine collects facts about its machine.
 START_BOUND_S = 150.0
 

@@ -28,7 +28,7 @@ CHUNK_TOKENS = 256
 
 # An emulated machine is many times slower; `tests/rdma/guest.sh` sets this factor for the bounds of starts.
 SLOWNESS = float(os.environ.get("PD_TEST_SLOWNESS", "1"))
-START_BOUND_S = 15.0 * SLOWNESS
+START_BOUND_S = 60.0 * SLOWNESS
 
 # If PD_TEST_NO_PUSH is 1, every sidecar runs with --no-push. Every test that checks a transfer must then fail.
 NO_PUSH = os.environ.get("PD_TEST_NO_PUSH") == "1"
@@ -113,7 +113,7 @@ class Sidecar(Part):
             arguments.append("--no-push")
         return arguments + options.flags
 
-    def wait_ready(self, bound_s: float = 30.0) -> None:
+    def wait_ready(self, bound_s: float = 60.0) -> None:
         self._until(lambda: self._answers("/ready"), bound_s, "not ready")
 
     def restart(self) -> None:
@@ -140,14 +140,14 @@ class Sidecar(Part):
         rows: list[dict[str, Any]] = get_json(f"{self.admin}/requests")
         return rows
 
-    def record(self, request_id: str, bound_s: float = 5.0) -> dict[str, Any]:
+    def record(self, request_id: str, bound_s: float = 30.0) -> dict[str, Any]:
         """Returns the record of a request. If there are several ranks, returns the record of the last rank.
 
         Waits up to `bound_s`, because the sidecar may write the record a moment after the client's answer.
         """
         return self.record_of_each_rank(request_id, bound_s)[-1]
 
-    def record_of_each_rank(self, request_id: str, bound_s: float = 5.0) -> list[dict[str, Any]]:
+    def record_of_each_rank(self, request_id: str, bound_s: float = 30.0) -> list[dict[str, Any]]:
         """Returns the records of a request, one per rank, in the order of the ranks.
 
         Waits up to `bound_s`, because the sidecar may write the records a moment after the client's answer.
@@ -172,7 +172,7 @@ class Sidecar(Part):
         )
         return free, held, quarantined
 
-    def wait_empty(self, bound_s: float = 15.0) -> None:
+    def wait_empty(self, bound_s: float = 60.0) -> None:
         """Returns when no slot is held or quarantined; raises after `bound_s`."""
         self._until(lambda: self.slots()[1:] == (0, 0), bound_s, "slots still held or quarantined")
 

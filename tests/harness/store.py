@@ -10,7 +10,7 @@ from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import BINARIES
 
-READY_BOUND_S = 15.0
+READY_BOUND_S = 60.0
 
 
 class Store(Part):

@@ -27,7 +27,7 @@ LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
 TOKEN_BYTES = LAYOUT.chunk_bytes // CHUNK_TOKENS
 TOKENS = CHUNK_TOKENS + 7
 KEYS = ["tiny@1@0@a@bfloat16", "tiny@1@0@b@bfloat16"]
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
@@ -48,7 +48,7 @@ class Pair:
         assert fetch is not None, "the sender announces no fetch port"
         return fetch
 
-    def keep(self, keep_ms: int = 20_000) -> tuple[str, str]:
+    def keep(self, keep_ms: int = 60_000) -> tuple[str, str]:
         """Keeps the KV of a request. Returns the prefill side's id and the token."""
         self.requests += 1
         req, token = f"p-{self.requests}", secrets.token_hex(16)
@@ -65,7 +65,7 @@ class Pair:
         return req
 
     def park(self, req: str, have: int = 0) -> None:
-        self.decode.await_(req, KEYS, tokens=TOKENS, have_tokens=have, deadline_ms=10_000)
+        self.decode.await_(req, KEYS, tokens=TOKENS, have_tokens=have, deadline_ms=30_000)
 
     def ends(self, *reqs: str) -> dict[str, str | None]:
         """Plays both engines until these requests have ended. Returns the reasons; `None` means success."""
@@ -156,7 +156,7 @@ def test_kept_requests_are_shown_until_they_are_fetched(pair: Pair) -> None:
     req = pair.expect(token)
     sender, receiver = pair.sender.metrics, pair.receiver.metrics
     wait_for(lambda: receiver().sum("pd_sidecar_expected_requests") == 1)
-    assert (sender().sum("pd_sidecar_kept_requests"), sender().sum("pd_sidecar_kept_tokens")) == (1, TOKENS)
+    wait_for(lambda: (sender().sum("pd_sidecar_kept_requests"), sender().sum("pd_sidecar_kept_tokens")) == (1, TOKENS))
     (row,) = pair.sender.kept()
     assert (row["side"], row["rank"], row["req"], row["tokens"]) == ("sender", 0, kept, TOKENS)
     assert 0 <= row["kept_ms"] < BOUND_S * 1000
@@ -168,9 +168,9 @@ def test_kept_requests_are_shown_until_they_are_fetched(pair: Pair) -> None:
     wait_for(lambda: sender().sum("pd_sidecar_kept_requests") == receiver().sum("pd_sidecar_expected_requests") == 0)
     assert pair.sender.process is not None
     assert pair.receiver.process is not None
-    output = pair.sender.process.output() + pair.receiver.process.output()
-    assert req in output
-    assert token not in output
+    processes = (pair.sender.process, pair.receiver.process)
+    wait_for(lambda: req in "".join(process.output() for process in processes))
+    assert not any(token in process.output() for process in processes)
 
 
 def test_a_request_that_is_not_wanted_frees_the_blocks_at_once(pair: Pair) -> None:
@@ -223,7 +223,7 @@ def test_a_stranger_learns_nothing_and_connects_the_sidecar_to_nothing(pair: Pai
     target = listener.bind_to_random_port("tcp://127.0.0.1")
     stranger = zmq.Context.instance().socket(zmq.DEALER)
     stranger.linger = 0
-    stranger.rcvtimeo = 5000
+    stranger.rcvtimeo = 20_000
     stranger.connect(f"tcp://127.0.0.1:{pair.port.port}")
     to = {"host": "127.0.0.1", "init_port": target, "alloc_port": target}
     fetch = {"type": "Fetch", "v": 1, "token": secrets.token_hex(16), "epoch": 0, "req": "x", "to": to}
@@ -246,7 +246,7 @@ def test_a_sender_ends_when_its_kept_kv_is_fetched(pair: Pair) -> None:
     assert pair.ends(late) == {late: "draining"}
     pair.park(req)
     assert pair.ends(kept, req) == {kept: None, req: None}
-    assert process.wait(5.0) == 0, process.tail()
+    assert process.wait(BOUND_S) == 0, process.tail()
     assert pair.receiver.record(req)["bytes"] == TOKENS * TOKEN_BYTES
 
 
@@ -256,7 +256,7 @@ def test_a_sender_does_not_wait_for_kv_that_expires(pair: Pair) -> None:
     assert process is not None
     process.signal(signal.SIGTERM)
     assert pair.ends(kept) == {kept: "unclaimed"}
-    assert process.wait(5.0) == 0, process.tail()
+    assert process.wait(BOUND_S) == 0, process.tail()
 
 
 def test_a_second_signal_ends_a_sender_that_keeps_kv(pair: Pair) -> None:
@@ -267,7 +267,7 @@ def test_a_second_signal_ends_a_sender_that_keeps_kv(pair: Pair) -> None:
     process.signal(signal.SIGTERM)
     wait_for(lambda: is_draining(pair.sender))
     process.signal(signal.SIGTERM)
-    assert process.wait(5.0) == 75, process.tail()
+    assert process.wait(BOUND_S) == 75, process.tail()
 
 
 def test_the_drain_command_waits_until_kept_kv_is_fetched(pair: Pair) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+from test_strangers import refusal
 
 from pd_sidecar.client import Client
 from pd_sidecar.kv.plan import Part, Plan
@@ -22,7 +23,7 @@ GROUPS = [Group("full", 32), Group("window", 16, 300), Group("state", 30_001)]
 PLAIN = Layout("tiny", "bfloat16", 1, 1, 8, False, CHUNK_TOKENS)
 LAYOUT = Layout("tiny", "bfloat16", 1, 1, 8, False, CHUNK_TOKENS, quantization="groups:0011223344556677", groups=GROUPS)
 SLOTS = 16
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
@@ -62,7 +63,7 @@ class Pair:
         decode = Client.connect(str(self.receiver.socket), hello("decode", LAYOUT))
         assert prefill.welcome.slot_bytes == decode.welcome.slot_bytes == LAYOUT.chunk_bytes
         assert decode.welcome.slots == slots
-        decode.await_(req, keys(plan), tokens=tokens, have_tokens=have, deadline_ms=10_000)
+        decode.await_(req, keys(plan), tokens=tokens, have_tokens=have, deadline_ms=30_000)
         prefill.reserve(req, self.target, keys(plan), tokens=tokens, upto=tokens, overlap=True)
         ends: list[Ended] = []
         seen: list[int] = []
@@ -108,7 +109,9 @@ def slots(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def pair(tmp_path: Path, slots: int) -> Iterator[Pair]:
-    keys: dict[str, object] = {"checksum": True}
+    # On a busy machine the push may reach the receiver before the request that awaits it. The receiver then does not
+    # know which tokens the decode side has, and gets all of them. The default wait is 50 ms.
+    keys: dict[str, object] = {"checksum": True, "park_ms": 3000}
     receiver = Sidecar(
         SidecarOptions("receiver", slots * LAYOUT.chunk_bytes, transport="tcp", keys=keys), tmp_path, tmp_path
     )
@@ -138,9 +141,14 @@ def test_other_groups_are_refused_by_their_name(pair: Pair) -> None:
         plan = Plan(GROUPS, CHUNK_TOKENS, tokens=100, have=0)
         req = f"r-{len(refused)}"
         prefill.reserve(req, pair.target, keys(plan), tokens=100, upto=100, overlap=False)
-        refused += [end.reason or "" for end in prefill.wait(BOUND_S) if isinstance(end, Ended)]
+        deadline = time.monotonic() + BOUND_S
+        while not (ends := [event for event in prefill.wait(0.1) if isinstance(event, Ended)]):
+            assert time.monotonic() < deadline, "the request does not end"
+        refused += [end.reason or "" for end in ends]
         assert pair.sender.process is not None
-        assert text in pair.sender.process.output()
+        while text not in pair.sender.process.output():
+            assert time.monotonic() < deadline, pair.sender.process.tail()
+            time.sleep(0.05)
         prefill.close()
         decode.close()
     assert refused == ["layout_mismatch"] * 2
@@ -154,6 +162,4 @@ def test_malformed_groups_are_refused_by_the_name_of_the_field(pair: Pair) -> No
         ([Group("full", 32), Group("state", 10_000_000)], "pd_buffer_size"),
     ]:
         layout = msgspec.structs.replace(LAYOUT, groups=groups)
-        with pytest.raises(TimeoutError) as refused:
-            Client.connect(str(pair.receiver.socket), hello("decode", layout), timeout_s=1.0)
-        assert text in str(refused.value)
+        assert text in refusal(pair.receiver, hello("decode", layout))

@@ -23,7 +23,7 @@ from pd_sidecar.kv.plan import Plan
 from pd_sidecar.sidecar.wire import Ended, Granted
 
 SLOTS = 16
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
@@ -142,7 +142,7 @@ def test_a_stranger_and_a_plain_peer_get_nothing(
         try:
             stranger.start()
             assert refusal(stranger, pair.receiver, event) is not None
-            assert port_event(pair.receiver, event) > 0
+            until(f"no {event}", lambda: port_event(pair.receiver, event) > 0)  # noqa: B023
         finally:
             stranger.stop()
     assert pair.receiver.records() == []
@@ -176,7 +176,7 @@ def test_a_proxy_says_why_it_refuses_a_registration(
         receiver.restart()
         why = "receiver-sidecar announces 127.0.0.1, which is none of its hosts in the roster; add it there"
         until("the refusal is not told", lambda: why in call(f"{receiver.admin}/ready")[1])
-        assert receiver.process is not None and why in receiver.process.output()
+        until("the refusal is not logged", lambda: why in output(receiver))
         # A stranger's call-back does not count as the proxy's acknowledgement.
         status = receiver.status()
         claim = {"proxy": proxy.registration, "id": status["id"], "epoch": status["epoch"]}
@@ -185,7 +185,7 @@ def test_a_proxy_says_why_it_refuses_a_registration(
         # The roster is mended while both run.
         roster.write_text(json.dumps(entries))
         until("the registration is not confirmed", lambda: acknowledged(receiver))
-        assert why not in call(f"{receiver.admin}/ready")[1]
+        until("the refusal is still told", lambda: why not in call(f"{receiver.admin}/ready")[1])
         assert [instance["id"] for instance in proxy.instances()] == ["receiver-sidecar"]
     finally:
         proxy.stop()

@@ -28,7 +28,7 @@ from test_two_hosts import ip
 from pd_sidecar.client import Client
 
 BUFFER_BYTES = 1 << 30
-BOUND_S = 30.0
+BOUND_S = 60.0
 
 # Answers each GET with 200, as the health probe of an engine does.
 ENGINE = """

@@ -17,7 +17,7 @@ def test_selftest(transport: str) -> None:
         env={"VIRTUAL_ENV": sys.prefix, "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,8 +10,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from pd_sidecar.sidecar.wire import Ended, Granted, Hello, Layout, Ready, Target
 
 FIXTURES = Path(__file__).resolve().parent.parent.parent / "protocol" / "fixtures"
 LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
-BOUND_S = 20.0
+BOUND_S = 60.0
+# A sidecar that disconnects an engine leaves the engine its slots for this time.
+READS_S = 2.0
 
 pytestmark = pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 
@@ -56,7 +58,7 @@ class Sides:
 
     def push(self, req: str, asked: list[str], awaited: list[str], tokens: int) -> tuple[str | None, str | None]:
         """Pushes a request. Returns the reason of each side's end; `None` means success."""
-        self.decode.await_(req, awaited, tokens=tokens, have_tokens=0, deadline_ms=10_000)
+        self.decode.await_(req, awaited, tokens=tokens, have_tokens=0, deadline_ms=30_000)
         self.prefill.reserve(req, self.target, asked, tokens=tokens, upto=tokens, overlap=True)
         ends: dict[str, str | None] = {}
         deadline = time.monotonic() + BOUND_S
@@ -78,6 +80,23 @@ class Sides:
                 elif isinstance(message, Ended) and message.req == req:
                     ends["decode"] = message.reason
         return ends["prefill"], ends["decode"]
+
+
+def until(what: str, is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + BOUND_S
+    while not is_true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def refusal(sidecar: Sidecar, greeting: Hello) -> str:
+    """Returns the reason for which a sidecar refuses an engine."""
+    client = Client(str(sidecar.socket), greeting)
+    try:
+        until("the engine is not refused", lambda: bool(client._reconnector.failure))
+        return client._reconnector.failure
+    finally:
+        client.close()
 
 
 def keys(name: str, chunks: int = 2) -> list[str]:
@@ -133,7 +152,7 @@ def peer(kind: int, port: int, identity: bytes = b"") -> Iterator[Any]:
     context = zmq.Context.instance()
     peer = context.socket(kind)
     peer.linger = 0
-    peer.rcvtimeo = 5000
+    peer.rcvtimeo = 20_000
     if identity:
         peer.identity = identity
     peer.connect(f"tcp://127.0.0.1:{port}")
@@ -202,7 +221,7 @@ def test_what_is_no_message_ends_only_its_own_connection(sides: Sides, port: str
             stranger.send_multipart([b"", sample])
             # The socket stays open until the receiver has read the message: a socket that closes drops what it has not
             # sent yet.
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + BOUND_S
             while sides.receiver.metrics().sum("pd_sidecar_malformed_frames", port=label) < before + count:
                 assert time.monotonic() < deadline, f"the receiver did not count {sample[:20]!r}"
             assert not stranger.poll(100), "an answer to no message"
@@ -213,11 +232,17 @@ def test_what_is_no_message_ends_only_its_own_connection(sides: Sides, port: str
 def test_odd_frames_and_a_message_that_is_too_long(sides: Sides) -> None:
     for name in ("init", "alloc"):
         before = port_events(sides, name)
-        for frames in ([b"a", b"b"], [b"", b"", b"c"], [b""] * 1000, [b"", bytes(5 << 20)]):
-            with peer(zmq.DEALER, getattr(sides.receiver, f"{name}_port")) as stranger:
+        wanted = before["wrong_frames"] + 2
+        with ExitStack() as stack:
+            # A socket that closes drops what it has not sent yet. So all sockets stay open until the receiver has read
+            # the messages.
+            strangers: list[Any] = []
+            for frames in ([b"a", b"b"], [b"", b"", b"c"], [b""] * 1000, [b"", bytes(5 << 20)]):
+                stranger = stack.enter_context(peer(zmq.DEALER, getattr(sides.receiver, f"{name}_port")))
                 stranger.send_multipart(frames)
-                assert not stranger.poll(100)
-        assert port_events(sides, name)["wrong_frames"] >= before["wrong_frames"] + 2
+                strangers.append(stranger)
+            until("the frames are not counted", lambda: port_events(sides, name)["wrong_frames"] >= wanted)  # noqa: B023
+            assert not any(stranger.poll(100) for stranger in strangers)
 
 
 def port_events(sides: Sides, port: str) -> dict[str, float]:
@@ -228,7 +253,8 @@ def port_events(sides: Sides, port: str) -> dict[str, float]:
 
 def raw(port: int, data: bytes, path: Path | None = None) -> socket.socket:
     if path is None:
-        stream = socket.create_connection(("127.0.0.1", port), timeout=5)
+        stream = socket.create_connection(("127.0.0.1", port), timeout=20)
+        stream.settimeout(5)
     else:
         stream = socket.socket(socket.AF_UNIX)
         stream.settimeout(5)
@@ -260,17 +286,17 @@ def test_garbage_on_every_port_while_pushes_go_on(sides: Sides) -> None:
     held += [raw(port, b"") for port in ports for _ in range(50)]
     for _ in range(5):
         sides.check()
-    assert port_events(sides, "alloc")["failed_handshakes"] > before
+    until("no garbage is counted", lambda: port_events(sides, "alloc")["failed_handshakes"] > before)
     for stream in held:
         stream.close()
     for part in (sides.sender, sides.receiver):
-        assert call(f"{part.admin}/health", timeout_s=5)[0] == 200
+        assert call(f"{part.admin}/health", timeout_s=20)[0] == 200
 
 
 def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Sides) -> None:
     req, tokens = f"cut-{os.getpid()}", CHUNK_TOKENS
     reader = Client.connect(str(sides.receiver.socket), hello("decode"))
-    reader.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=10_000)
+    reader.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=30_000)
     sides.prefill.reserve(req, sides.target, keys(req, 1), tokens=tokens, upto=tokens)
     shown: list[int] = []
     deadline = time.monotonic() + BOUND_S
@@ -280,6 +306,7 @@ def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Si
                 sides.prefill.staged(req, message.chunks)
         shown += [slot for message in reader.wait(0.02) if isinstance(message, Ready) for slot in message.slots]
     assert len(shown) == 1
+    began = time.monotonic()
     os.write(reader.connection.fileno(), struct.pack("<I", 4) + b"\xc1" * 4)
     # When the client reports the loss of a connection, it may already have a new connection. So this test does not
     # check `connected`.
@@ -288,9 +315,11 @@ def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Si
         lost += [event for event in reader.wait(0.02) if isinstance(event, Lost)]
     # The engine gets the error at once, but it may still be reading the slot.
     assert lost
-    assert sides.receiver.slots()[1] == 1
-    time.sleep(1)
-    assert sides.receiver.slots()[1] == 1
+    for _ in range(2):
+        held = sides.receiver.slots()[1]
+        # On a busy machine the time for which the engine may read can be over before this test looks.
+        assert held == 1 or time.monotonic() - began > READS_S
+        time.sleep(1)
     sides.receiver.wait_empty()
     reader.close()
 
@@ -304,7 +333,7 @@ def data_ports(sides: Sides) -> list[int]:
 
 
 def test_other_versions_and_layouts_are_told_what_differs(sides: Sides) -> None:
-    def refusal(**changes: Any) -> dict[str, str]:
+    def refused(**changes: Any) -> dict[str, str]:
         request = unpacked(fixture("init_request"))
         request["x"]["layout"] = msgspec.to_builtins(LAYOUT)
         for name, value in changes.items():
@@ -312,22 +341,21 @@ def test_other_versions_and_layouts_are_told_what_differs(sides: Sides) -> None:
             where[name] = value
         with peer(zmq.REQ, sides.receiver.init_port) as init:
             init.send(packed(request))
-            refused: dict[str, str] = unpacked(init.recv())["x"].get("refused") or {"reason": "", "text": ""}
-            return refused
+            told: dict[str, str] = unpacked(init.recv())["x"].get("refused") or {"reason": "", "text": ""}
+            return told
 
-    assert refusal() == {"reason": "", "text": ""}
-    assert refusal(v=2)["reason"] == "version_mismatch"
+    assert refused() == {"reason": "", "text": ""}
+    assert refused(v=2)["reason"] == "version_mismatch"
     for name, value in {"model": "other", "dtype": "half", "layers": 3, "chunk_tokens": 128}.items():
-        refused = refusal(**{name: value})
-        assert refused["reason"] == "layout_mismatch"
-        assert refused["text"].startswith(f"{name}: prefill-0 has {value}, ")
-    assert refusal(layout=None)["reason"] == "no_engine"
+        told = refused(**{name: value})
+        assert told["reason"] == "layout_mismatch"
+        assert told["text"].startswith(f"{name}: prefill-0 has {value}, ")
+    assert refused(layout=None)["reason"] == "no_engine"
 
 
 def test_an_engine_of_another_layout_is_refused(sides: Sides) -> None:
     other = hello("decode", msgspec.structs.replace(LAYOUT, layers=5))
-    with pytest.raises(Exception, match="layers"):
-        Client.connect(str(sides.receiver.socket), other, timeout_s=3)
+    assert "layers" in refusal(sides.receiver, other)
 
 
 def test_an_engine_that_moves_nothing_beside_one_that_moves_stops_nobody(sides: Sides) -> None:
@@ -364,5 +392,4 @@ def test_a_stranger_writes_under_no_lease(sides: Sides) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_engine_that_cuts_its_kv_otherwise_is_refused(sides: Sides, rank: int) -> None:
     other = msgspec.structs.replace(hello("prefill"), rank=rank, world_size=2)
-    with pytest.raises(TimeoutError, match=f"no sender for rank {rank} of 2: it has 1 ranks"):
-        Client.connect(str(sides.sender.socket), other, timeout_s=1.0)
+    assert f"no sender for rank {rank} of 2: it has 1 ranks" in refusal(sides.sender, other)

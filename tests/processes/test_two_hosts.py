@@ -15,17 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness.ports import free_port
+from harness.ports import free_port, network
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
 from test_strangers import BOUND_S, LAYOUT, Sides, content, hello, keys
 
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import Granted
 
-OUR_END, ITS_END = "10.213.7.1", "10.213.7.2"
+# Each worker has a network of its own: several files that simulate two hosts run at the same time.
+NETWORK = network()
+OUR_END, ITS_END = f"{NETWORK}.1", f"{NETWORK}.2"
 
 # The value of `fence_ms` in these tests. A network that fails must be back within this time.
-FENCE_S = 2.0
+FENCE_S = 4.0
 
 SLOTS = 8
 
@@ -35,16 +37,16 @@ def ip(*words: str) -> bool:
 
 
 @contextmanager
-def other_host(our_end: str = OUR_END, its_end: str = ITS_END) -> Iterator[list[str]]:
-    """Yields the first words of a command that runs on the other host."""
+def other_host() -> Iterator[list[str]]:
+    """Yields the first words of a command that runs on the other host, at `ITS_END`. This host is at `OUR_END`."""
     name = f"pd-{os.getpid()}"
     ours, its = f"pda{os.getpid()}", f"pdb{os.getpid()}"
     if not (
         ip("netns", "add", name)
         and ip("link", "add", ours, "type", "veth", "peer", "name", its, "netns", name)
-        and ip("addr", "add", f"{our_end}/24", "dev", ours)
+        and ip("addr", "add", f"{OUR_END}/24", "dev", ours)
         and ip("link", "set", ours, "up")
-        and ip("-n", name, "addr", "add", f"{its_end}/24", "dev", its)
+        and ip("-n", name, "addr", "add", f"{ITS_END}/24", "dev", its)
         and ip("-n", name, "link", "set", its, "up")
         and ip("-n", name, "link", "set", "lo", "up")
     ):
@@ -102,7 +104,7 @@ def end(sender: Sidecar) -> None:
 def dies_in_the_middle(sides: Sides, req: str, chunks: int) -> None:
     """Kills the sender after it was granted slots and before it has written into them."""
     tokens = chunks * CHUNK_TOKENS
-    sides.decode.await_(req, keys(req, chunks), tokens=tokens, have_tokens=0, deadline_ms=10_000)
+    sides.decode.await_(req, keys(req, chunks), tokens=tokens, have_tokens=0, deadline_ms=60_000)
     sides.prefill.reserve(req, sides.target, keys(req, chunks), tokens=tokens, upto=tokens)
     deadline = time.monotonic() + BOUND_S
     while not any(isinstance(m, Granted) and m.chunks for m in sides.prefill.wait(0.02)):
@@ -118,13 +120,15 @@ def dies_in_the_middle(sides: Sides, req: str, chunks: int) -> None:
 def test_its_successor_vouches_for_a_dead_sender(sides: Sides) -> None:
     sides.check()
     dies_in_the_middle(sides, "first", 2)
-    time.sleep(2 * FENCE_S)
+    time.sleep(1.25 * FENCE_S)
     assert sides.receiver.slots() == (SLOTS - 2, 0, 2), "it may live: nobody has said otherwise"
     began = time.monotonic()
     sides.sender.start()
     sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"))
     sides.check()
-    assert sides.receiver.slots()[2] == 2, "its last writes may still be under way"
+    held = sides.receiver.slots()[2]
+    # On a busy machine the check may have taken longer than the fence.
+    assert held == 2 or time.monotonic() - began > FENCE_S, "its last writes may still be under way"
     sides.receiver.wait_empty(BOUND_S)
     assert time.monotonic() - began > FENCE_S
     sides.check()
@@ -149,9 +153,13 @@ def test_another_sender_of_the_same_name_vouches_for_nobody(sides: Sides, tmp_pa
         namesake.start()
         sides.sender, sides.prefill = namesake, Client.connect(str(namesake.socket), hello("prefill"))
         sides.check()
-        time.sleep(2 * FENCE_S)
+        time.sleep(1.25 * FENCE_S)
         sides.check()
-        assert sides.receiver.slots() == (SLOTS - 2, 0, 2)
+        # The receiver frees the slots of the check a moment after its end, but not those of the dead sender.
+        deadline = time.monotonic() + BOUND_S
+        while sides.receiver.slots() != (SLOTS - 2, 0, 2):
+            assert time.monotonic() < deadline, sides.receiver.slots()
+            time.sleep(0.02)
     finally:
         end(namesake)
         sides.sender = own
@@ -161,7 +169,7 @@ def test_what_the_kernel_still_sends_for_a_dead_sender_finds_its_slots_in_quaran
     """Cuts the network in the middle of a write, kills the sender, and then restores the network."""
     sides.check()
     req, tokens = "late", CHUNK_TOKENS
-    sides.decode.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=30_000)
+    sides.decode.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=60_000)
     sides.prefill.reserve(req, sides.target, keys(req, 1), tokens=tokens, upto=tokens)
     deadline = time.monotonic() + BOUND_S
     granted = None
@@ -171,7 +179,10 @@ def test_what_the_kernel_still_sends_for_a_dead_sender_finds_its_slots_in_quaran
     sides.prefill.slot(granted.slots[0])[:] = content(req, 0)
     assert ip("link", "set", f"pda{os.getpid()}", "down")
     sides.prefill.staged(req, [0])
-    time.sleep(0.5)
+    # The kernel sends on for a dead process only what the process has written into its socket before.
+    while (written := unsent(sides.sender.options.within)) < LAYOUT.chunk_bytes:
+        assert time.monotonic() < deadline, f"the sender has written {written} bytes"
+        time.sleep(0.02)
     sides.sender.kill()
     sides.prefill.close()
     killed = time.monotonic()
@@ -186,6 +197,13 @@ def test_what_the_kernel_still_sends_for_a_dead_sender_finds_its_slots_in_quaran
     assert sides.receiver.slots()[2] == 1, f"after {time.monotonic() - killed:.1f} s"
     sides.check()
     sides.receiver.wait_empty(BOUND_S)
+
+
+def unsent(within: list[str]) -> int:
+    """Returns the most bytes in one socket of the other host that this host has not confirmed."""
+    # The first four words enter the network of the other host.
+    shown = subprocess.run([*within[:4], "cat", "/proc/net/tcp"], capture_output=True, text=True, check=True).stdout
+    return max((int(line.split()[4].partition(":")[0], 16) for line in shown.splitlines()[1:]), default=0)
 
 
 def landed(sides: Sides, req: str) -> bool:

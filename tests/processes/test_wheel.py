@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.sidecar import BINARIES, ROOT
 
 
-def run(*command: str | Path, bound_s: float = 60) -> str:
+def run(*command: str | Path, bound_s: float = 300) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=bound_s, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

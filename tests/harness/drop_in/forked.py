@@ -21,7 +21,7 @@ LMCACHE_PYTHON = Path(os.environ.get("PD_TEST_LMCACHE_VENV", ROOT / ".venv-lmcac
 # removes interfaces at the same time, and connections through such an interface then fail.
 LMCACHE_ENV = {"UCX_NET_DEVICES": "lo"}
 
-START_BOUND_S = 60.0
+START_BOUND_S = 120.0
 
 # The imports need six seconds of CPU time. On a busy machine they took two minutes.
 NURSERY_BOUND_S = 300.0

@@ -27,7 +27,7 @@ from pd_sidecar.sidecar.wire import VERSION, Ended, Granted, Hello, Layout, Read
 
 SLOTS = 256
 BOUND_S = 40.0 * SLOWNESS
-CONNECT_BOUND_S = 10.0 * SLOWNESS
+CONNECT_BOUND_S = 30.0 * SLOWNESS
 
 
 @dataclass
