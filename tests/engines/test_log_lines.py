@@ -40,7 +40,7 @@ SHARED = 300
 HELD = 256
 
 
-def found(part: Part, line: str, request_id: str, bound_s: float = 5.0) -> dict[str, float]:
+def found(part: Part, line: str, request_id: str, bound_s: float = 30.0) -> dict[str, float]:
     """Returns the numbers in a log line about a request, each under its name.
 
     The numbers of `..` have the names `size`, `ms`, ...

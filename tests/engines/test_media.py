@@ -24,9 +24,10 @@ def move(pair: Pair, reference: Reference, request: dict[str, Any], *, cached: i
     plain = reference.post("/v1/chat/completions", request)
     tokens = plain["usage"]["prompt_tokens"]
     before = pair.decode.prompt_tokens()
-    ours = post_json(f"{pair.proxy.url}/v1/chat/completions", request)
+    with pair.proxy.recorded() as records:
+        ours = post_json(f"{pair.proxy.url}/v1/chat/completions", request)
     assert ids(ours) == ids(plain)
-    routed = pair.proxy.records()[-1]
+    (routed,) = records
     assert routed["alone"] is None, routed
     check_tokens(pair.prompt_tokens_since(before, tokens), tokens, cached=cached)
     for sidecar in (pair.sender, pair.receiver):
@@ -59,11 +60,11 @@ def test_several_images_at_any_place(pair: Pair, reference: Reference) -> None:
 def test_images_of_an_adapter(pair: Pair, reference: Reference) -> None:
     request = chat(image(5), TEXT)
     base = move(pair, reference, request)
-    deadline = 20
-    for seed in range(deadline):
+    for seed in range(200):
         # The digest of the adapter's files is computed after its first request.
-        pair.complete([seed + 10] * 100, model="lora", max_tokens=1)
-        if pair.proxy.records()[-1]["alone"] is None:
+        with pair.proxy.recorded() as records:
+            pair.complete([seed + 10] * 100, model="lora", max_tokens=1)
+        if records[0]["alone"] is None:
             break
     assert move(pair, reference, {**request, "model": "lora"}) != base
 
@@ -85,9 +86,10 @@ def test_kv_of_another_image_is_refused(pair: Pair, reference: Reference) -> Non
 def test_an_image_that_the_client_only_names_is_computed_alone(pair: Pair, reference: Reference) -> None:
     named = {**image(8), "uuid": "mine"}
     request = chat(named, TEXT)
-    ours = post_json(f"{pair.proxy.url}/v1/chat/completions", request)
+    with pair.proxy.recorded() as records:
+        ours = post_json(f"{pair.proxy.url}/v1/chat/completions", request)
     assert ids(ours) == ids(reference.post("/v1/chat/completions", request))
-    assert pair.proxy.records()[-1]["alone"] == "multimodal"
+    assert records[0]["alone"] == "multimodal"
 
 
 @pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "nothing"])

@@ -181,7 +181,7 @@ def test_wrong_hello(pair: Pair, reference: Reference, which: str) -> None:
 def _greet(path: str, hello: dict[str, object]) -> dict[str, str]:
     body = msgspec.msgpack.encode(hello)
     with socket.socket(socket.AF_UNIX) as stream:
-        stream.settimeout(5.0)
+        stream.settimeout(30.0)
         stream.connect(path)
         stream.sendall(struct.pack("<I", len(body)) + body)
         (length,) = struct.unpack("<I", stream.recv(4, socket.MSG_WAITALL))

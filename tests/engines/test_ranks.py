@@ -147,10 +147,11 @@ def test_a_router_that_names_no_receiver(pair: Pair) -> None:
     assert isinstance(pd, dict)
     assert len(set(pd["fetch_ports"])) == RANKS, pd
     before = pair.decode.prompt_tokens()
-    answer = complete(pair.decode.url, tokens, max_tokens=TOKENS, request_id="no-receiver", kv_transfer_params=told)
+    with pair.receiver.recorded() as records:
+        answer = complete(pair.decode.url, tokens, max_tokens=TOKENS, request_id="no-receiver", kv_transfer_params=told)
     assert answer.token_ids == expect
     check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))
-    (name,) = {row["req"] for row in pair.receiver.records() if "no-receiver" in row["req"]}
+    (name,) = {row["req"] for row in records if "no-receiver" in row["req"]}
     check_ranks(pair, name, len(tokens))
     # An idle engine frees the blocks of fetched KV with its next step.
     pair.prefill.warm_up()

@@ -36,19 +36,19 @@ def test_client_leaves_after(pair: Pair, after_ms: int) -> None:
             time.sleep(after_ms / 1000)
     except TimeoutError:
         pass  # the answer's headers have not come yet; closing the connection ends the request in this case, too
-    pair.wait_empty(10.0)
+    pair.wait_empty()
 
 
 def test_client_leaves_within_the_answer(pair: Pair, reference: Reference) -> None:
     tokens = prompt(600, seed=51)
+    generated = pair.decode.generated_tokens()
     with Stream(f"{pair.proxy.url}/v1/completions", body(tokens, stream=True, max_tokens=1000)) as stream:
         for count, _ in enumerate(stream):
             if count == 5:
                 break
-    left = time.monotonic()
-    pair.wait_empty(10.0)
-    # A complete answer of a thousand tokens takes longer, so the engine was told to stop.
-    assert time.monotonic() - left < 3.0
+    pair.wait_empty()
+    # The engine was told to stop before it had the complete answer of a thousand tokens.
+    assert pair.decode.generated_tokens() - generated < 900
     assert pair.proxy.record(stream.headers["x-request-id"])["outcome"] == "client_left"
     again = prompt(600, seed=52)
     pair.move(again).check(reference.token_ids(again), len(again))
@@ -102,7 +102,7 @@ def test_not_loaded_by_the_connector(pair: Pair, reference: Reference, reason: s
 
 def until_moved(pair: Pair, model: str, seed: int) -> None:
     """Sends requests until one is moved: the digest of an adapter's files is computed after its first request."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     alone = "?"
     while alone is not None:
         assert time.monotonic() < deadline, f"still not moved: {alone}"
@@ -135,14 +135,16 @@ def test_an_adapter_with_other_weights_on_the_other_side_is_refused(pair: Pair, 
         engine.load_adapter("twin", folders[1])
     try:
         refused = 0
-        for number in range(8):
-            tokens = prompt(600, seed=630 + number)
+        for number in range(200):
+            tokens = prompt(600, seed=6300 + number)
             before = pair.decode.prompt_tokens()
             answer = pair.complete(tokens, model="twin")
             assert answer.token_ids == reference.token_ids(tokens, model="twin")
             assert pair.prompt_tokens_since(before, len(tokens)).computed == len(tokens)
             request_id = answer.headers["x-request-id"]
             record = pair.proxy.record(request_id)
+            if record["alone"] == "refused_before":
+                break
             if record["alone"] is None:
                 assert pair.receiver.record(request_id)["reason"] == "key_mismatch"
                 refused += 1
@@ -175,11 +177,12 @@ def check_sequences(pair: Pair, reference: Reference, tokens: list[int], *, cach
     """Asks for several sequences, and checks that the KV was moved once and that no sequence computed the prompt."""
     request = body(tokens, n=SEQUENCES, temperature=1.0, seed=5)
     before = pair.decode.prompt_tokens()
-    ours = post_json(f"{pair.proxy.url}/v1/completions", request)
+    with pair.proxy.recorded() as records:
+        ours = post_json(f"{pair.proxy.url}/v1/completions", request)
     expect = token_ids(reference.post("/v1/completions", request))
     assert len({tuple(ids) for ids in expect}) == SEQUENCES, "equal sequences prove nothing"
     assert token_ids(ours) == expect
-    routed = pair.proxy.records()[-1]
+    (routed,) = records
     assert routed["alone"] is None, routed
     total = SEQUENCES * len(tokens)
     check_tokens(pair.prompt_tokens_since(before, total), total, cached=cached, requests=SEQUENCES)
@@ -197,7 +200,8 @@ def test_each_prompt_of_a_list_is_moved(pair: Pair, reference: Reference, sequen
     prompts = [prompt(length, seed=540 + sequences) for length in LIST_LENGTHS]
     before = pair.decode.prompt_tokens()
     request = body(prompts, n=sequences, temperature=0 if sequences == 1 else 1.0, seed=5)
-    ours = post_json(f"{pair.proxy.url}/v1/completions", request)
+    with pair.proxy.recorded() as records:
+        ours = post_json(f"{pair.proxy.url}/v1/completions", request)
     # One prompt at a time, because requests in one batch can change each other's rounding errors.
     expect = [
         ids for tokens in prompts for ids in token_ids(reference.post("/v1/completions", request | {"prompt": tokens}))
@@ -205,7 +209,7 @@ def test_each_prompt_of_a_list_is_moved(pair: Pair, reference: Reference, sequen
     assert token_ids(ours) == expect
     assert len({tuple(ids) for ids in expect}) == len(expect), "equal answers prove nothing"
     assert ours["usage"]["prompt_tokens"] == sum(LIST_LENGTHS)
-    routed = pair.proxy.records()[-1]
+    (routed,) = records
     assert routed["alone"] is None, routed
     # With several sequences, the later ones find the whole blocks of the first in the decode engine's cache.
     cached = (sequences - 1) * sum(length // 64 * 64 for length in LIST_LENGTHS)
@@ -249,7 +253,7 @@ def leave(pair: Pair, request: dict[str, Any], events: int) -> None:
         for count, _ in enumerate(stream, 1):
             if count >= events:
                 break
-    pair.wait_empty(10.0)
+    pair.wait_empty()
 
 
 @pytest.mark.parametrize("events", [0, 1, 20])

@@ -37,7 +37,7 @@ from harness.routers import (
 )
 from harness.sidecar import BINARIES, ROOT
 
-BOUND_S = 30.0
+BOUND_S = 60.0
 TOKENS = 24
 
 # Command of the router of vLLM's production-stack, which is in no package registry. docs/routers.md has an example.

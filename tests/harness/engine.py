@@ -121,6 +121,10 @@ class Engine(Part):
     def prompt_tokens(self) -> PromptTokens:
         return PromptTokens.of(self.metrics())
 
+    def generated_tokens(self) -> int:
+        """Returns the number of tokens of all answers so far."""
+        return int(self.metrics().sum("vllm:generation_tokens"))
+
     def skipped(self) -> dict[str, float]:
         """Returns the number of requests that the engine's connector did not transfer, by reason."""
         return self.metrics().by("vllm:pd_sidecar_skipped", "reason")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,18 @@ class Sidecar(Part):
                     f"{self.name}: no record of request {request_id}, ranks {missing}, in {bound_s:g} s; "
                     f"status: {self.status()}"
                 )
+            time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def recorded(self, bound_s: float = 30.0) -> Iterator[list[dict[str, Any]]]:
+        """Yields a list. At the end of the block the list gets the record of the request that ended inside it."""
+        seen = {record["req"] for record in self.records()}
+        found: list[dict[str, Any]] = []
+        yield found
+        deadline = time.monotonic() + bound_s
+        while not found:
+            assert time.monotonic() < deadline, f"{self.name}: no new record in {bound_s:g} s; {self.status()}"
+            found += [record for record in self.records() if record["req"] not in seen]
             time.sleep(0.02)
 
     def slots(self) -> tuple[int, int, int]:

@@ -5,15 +5,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::zmq::{
-    DealerClient, Frame, FromPeer, FromServer, Inbox, Listener, MAX_ALLOC_BYTES, Protection, Push,
-    RequestError, Requester, RouterServer, SEND_QUEUE, SendError,
+    DealerClient, Frame, FromPeer, FromServer, HANDSHAKE_TIMEOUT, Inbox, Listener, MAX_ALLOC_BYTES,
+    Protection, Push, RequestError, Requester, RouterServer, SEND_QUEUE, SendError,
 };
 use protocol::registration::PROXY_NAME;
 use tokio::net::TcpListener;
 
-use crate::support::{
-    answer, count, dealer, free_port, local, message, run, server, single, within,
-};
+use crate::ports::free_port;
+use crate::support::{answer, count, dealer, local, message, run, server, server_at, single, within};
 use crate::zmtp::{Hello, Peer};
 
 #[test]
@@ -98,7 +97,7 @@ fn a_loss_follows_the_last_message_and_ends_the_route() {
 #[test]
 fn a_client_that_connects_once_hears_at_once_that_the_peer_refuses() {
     run(async {
-        let mut server = server().await;
+        let mut server = server_at(free_port()).await;
         let port = server.port();
         let mut client = DealerClient::connect_once("127.0.0.1", port, "c", &Protection::Plain)
             .await
@@ -121,7 +120,7 @@ fn a_client_that_connects_once_hears_at_once_that_the_peer_refuses() {
 #[test]
 fn a_client_finds_a_restarted_server() {
     run(async {
-        let mut first = server().await;
+        let mut first = server_at(free_port()).await;
         let port = first.port();
         let mut client = DealerClient::connect("127.0.0.1", port, "c", &Protection::Plain)
             .await
@@ -140,9 +139,7 @@ fn a_client_finds_a_restarted_server() {
             FromServer::Lost
         );
 
-        let mut second = RouterServer::bind("127.0.0.1", port, MAX_ALLOC_BYTES, &Protection::Plain)
-            .await
-            .unwrap();
+        let mut second = server_at(port).await;
         client.send(&b"c"[..]).unwrap();
         assert_eq!(
             within("again", client.recv()).await.unwrap(),
@@ -195,7 +192,8 @@ fn a_request_to_nobody_fails_soon() {
             matches!(error, RequestError::NoConnection { .. }),
             "{error}"
         );
-        assert!(began.elapsed() < Duration::from_secs(3));
+        // It does not wait for the handshake of a peer that is silent.
+        assert!(began.elapsed() < HANDSHAKE_TIMEOUT);
     });
 }
 
@@ -215,7 +213,8 @@ fn a_proxy_that_is_away_costs_messages_not_time() {
                 Err(error) => panic!("{error}"),
             }
         }
-        assert!(began.elapsed() < Duration::from_secs(1));
+        // A wait for each message would take longer, even on a busy machine.
+        assert!(began.elapsed() < Duration::from_secs(20));
         let queued = 2000 - dropped;
         assert!((1..=2 * SEND_QUEUE).contains(&queued), "{queued}");
 
@@ -247,10 +246,7 @@ fn messages_that_the_library_refuses_arrive_later_in_their_order() {
         );
         assert!(taken <= 2 * SEND_QUEUE, "{taken}");
         let serve = async {
-            let mut server =
-                RouterServer::bind("127.0.0.1", port, MAX_ALLOC_BYTES, &Protection::Plain)
-                    .await
-                    .unwrap();
+            let mut server = server_at(port).await;
             for i in 0..taken {
                 assert_eq!(&message(&mut server).await.1[..], i.to_le_bytes());
             }

@@ -73,7 +73,7 @@ fn a_request_to_a_silent_server_fails_with_the_handshake() {
             matches!(error, RequestError::NoConnection { .. }),
             "{error}"
         );
-        assert!(began.elapsed() < Duration::from_secs(6));
+        assert!(began.elapsed() < Duration::from_secs(60));
     });
 }
 

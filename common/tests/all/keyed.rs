@@ -9,7 +9,8 @@ use common::zmq::{
 use protocol::registration::PROXY_NAME;
 
 use crate::members::{Members, only};
-use crate::support::{answer, count, free_port, local, message, run, server, within};
+use crate::ports::free_port;
+use crate::support::{answer, count, local, message, run, server, within};
 use crate::zmtp::{Hello, Peer};
 
 const SENDERS: &[Role] = &[Role::Sender];
@@ -34,10 +35,11 @@ async fn connect(port: u16, protection: &Protection) -> DealerClient {
     client.await.unwrap()
 }
 
-/// Waits until a counter of a port has this value. The server must run meanwhile.
-async fn counts(server: &mut RouterServer, name: &str, value: u64) {
+/// Waits until a counter of a port is above zero. The server must run meanwhile. A client that is refused connects
+/// again, so the counter may grow further.
+async fn counts(server: &mut RouterServer, name: &str) {
     let wait = async {
-        while count(server, name) < value {
+        while count(server, name) == 0 {
             let short = std::time::Duration::from_millis(20);
             if let Ok(event) = tokio::time::timeout(short, server.recv()).await {
                 assert!(matches!(event.unwrap(), FromPeer::Lost(_)), "a message");
@@ -45,7 +47,6 @@ async fn counts(server: &mut RouterServer, name: &str, value: u64) {
         }
     };
     within(name, wait).await;
-    assert_eq!(count(server, name), value, "{name}");
 }
 
 #[test]
@@ -120,13 +121,13 @@ fn registrations_name_their_sender() {
                 .await
                 .unwrap();
             plain.send(&b"plain"[..]).unwrap();
-            match (
-                auth,
-                tokio::time::timeout(std::time::Duration::from_secs(2), inbox.recv()).await,
-            ) {
-                (Auth::Require, Err(_)) => {}
-                (Auth::Prefer, Ok(Ok(Frame::Single(bytes)))) => assert_eq!(bytes, "plain"),
-                (auth, other) => panic!("{auth:?}: {other:?}"),
+            if auth == Auth::Require {
+                let short = std::time::Duration::from_secs(2);
+                let nothing = tokio::time::timeout(short, inbox.recv()).await;
+                assert!(nothing.is_err(), "{nothing:?}");
+            } else {
+                let frame = within("plain", inbox.recv()).await.unwrap();
+                assert!(matches!(&frame, Frame::Single(bytes) if bytes == "plain"), "{frame:?}");
             }
         }
         // A sidecar with keys reaches a proxy without keys during a migration.
@@ -159,11 +160,11 @@ fn strangers_are_refused_and_counted_by_reason() {
         mixed.adopt(&strangers, "prefill");
         let mut stranger = connect(port, &mixed.keyed("prefill", Auth::Require, RECEIVERS)).await;
         stranger.send(&b"stranger"[..]).unwrap();
-        counts(&mut server, "refused_unknown_key", 1).await;
+        counts(&mut server, "refused_unknown_key").await;
         drop(stranger);
         let mut proxy = connect(port, &members.keyed("front", Auth::Require, RECEIVERS)).await;
         proxy.send(&b"proxy"[..]).unwrap();
-        counts(&mut server, "refused_role", 1).await;
+        counts(&mut server, "refused_role").await;
         drop(proxy);
         for bytes in [
             &Hello::of("DEALER").bytes()[..],
@@ -185,8 +186,8 @@ fn strangers_are_refused_and_counted_by_reason() {
             within("end", read).await;
             assert!(got.is_empty(), "the port tells a stranger nothing");
         }
-        assert_eq!(count(&server, "refused_plain"), 1);
-        assert_eq!(count(&server, "refused_tls"), 1);
+        counts(&mut server, "refused_plain").await;
+        counts(&mut server, "refused_tls").await;
 
         let mut known = connect(port, &members.keyed("prefill", Auth::Require, RECEIVERS)).await;
         known.send(&b"known"[..]).unwrap();
@@ -328,11 +329,11 @@ fn a_revoked_key_ends_its_connections_and_makes_no_new_ones() {
             within("loss", server.recv()).await.unwrap(),
             FromPeer::Lost(route)
         );
-        assert_eq!(count(&server, "revoked"), 1);
+        counts(&mut server, "revoked").await;
         let down =
             async { while within("down", revoked.recv()).await.unwrap() != FromServer::Lost {} };
         down.await;
-        counts(&mut server, "refused_unknown_key", 1).await;
+        counts(&mut server, "refused_unknown_key").await;
         server.send(staying, &b"c"[..]).unwrap();
         assert_eq!(&answer(&mut stays).await[..], b"c");
     });

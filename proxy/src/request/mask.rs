@@ -348,6 +348,6 @@ mod tests {
         let plain = plain(Bytes::from(given), Endpoint::Chat, counts(None, None));
         assert!(plain == told, "other text");
         let took = begun.elapsed();
-        assert!(took < std::time::Duration::from_secs(5), "{took:?}");
+        assert!(took < std::time::Duration::from_secs(15), "{took:?}");
     }
 }

@@ -6,8 +6,9 @@ use protocol::registration::{ProxyNotif, ToProxy};
 use protocol::{RequestId, codec};
 use serde_json::{Value, json};
 
+use crate::ports::free_port;
+use crate::support::Rig;
 use crate::support::engine::{Engine, Reply, Then, completion, events};
-use crate::support::{Rig, free_port};
 use crate::zmtp::{Hello, Peer};
 
 const COMPLETIONS: &str = "/v1/completions";

@@ -128,7 +128,7 @@ async fn half_sent_bodies_keep_nobody_out() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    let served = timeout(Duration::from_secs(5), served).await;
+    let served = timeout(PATIENCE, served).await;
     served.expect("a place beside bodies that have stopped");
     assert_eq!(pair.d.seen().len(), 1);
     rig.until_metric("pd_proxy_rejected_total{code=\"upload_displaced\"}", 8.0)
@@ -172,7 +172,7 @@ async fn idle_connections_make_room() {
             .await
             .unwrap();
         let mut start = [0; 12];
-        let read = timeout(Duration::from_secs(5), stream.read_exact(&mut start)).await;
+        let read = timeout(PATIENCE, stream.read_exact(&mut start)).await;
         read.expect("/health answers beside idle connections")
             .unwrap();
         assert_eq!(&start, b"HTTP/1.1 200");
@@ -200,7 +200,7 @@ async fn health_answers_while_every_connection_streams() {
         streams.push(stream);
     }
     for path in ["/health", "/ready", "/metrics", "/instances"] {
-        let answer = timeout(Duration::from_secs(5), rig.client.get(path)).await;
+        let answer = timeout(PATIENCE, rig.client.get(path)).await;
         assert_eq!(answer.expect("an answer in time").status, 200, "{path}");
     }
     let refused = rig.client.post(COMPLETIONS, &prompt()).await;

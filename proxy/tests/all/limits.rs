@@ -171,7 +171,7 @@ async fn a_full_proxy_says_so() {
 
 #[tokio::test]
 async fn slow_clients_are_given_up_on() {
-    let rig = Rig::start(&["--client-timeout", "300ms"]).await;
+    let rig = Rig::start(&["--client-timeout", "1s"]).await;
     let pair = rig.pair().await;
     let address = rig.client.base.strip_prefix("http://").unwrap().to_owned();
     let closed = async |sent: &[u8]| {
@@ -321,7 +321,7 @@ async fn an_idle_proxy_stops_at_once() {
 
 #[tokio::test]
 async fn connections_have_a_limit_and_are_served_in_turn() {
-    let rig = Rig::start(&["--max-connections", "1", "--client-timeout", "300ms"]).await;
+    let rig = Rig::start(&["--max-connections", "1", "--client-timeout", "1s"]).await;
     let address = rig.client.base.strip_prefix("http://").unwrap().to_owned();
     // A silent connection takes the only place. The next connection is served nevertheless.
     let idle = TcpStream::connect(&address).await.unwrap();
@@ -331,7 +331,7 @@ async fn connections_have_a_limit_and_are_served_in_turn() {
 
 #[tokio::test]
 async fn an_upload_that_goes_on_is_not_cut() {
-    let rig = Rig::start(&["--client-timeout", "1500ms"]).await;
+    let rig = Rig::start(&["--client-timeout", "3s"]).await;
     let _pair = rig.pair().await;
     let address = rig.client.base.strip_prefix("http://").unwrap();
     let body = json!({"prompt": "x".repeat(20_000)}).to_string();
@@ -344,7 +344,7 @@ async fn an_upload_that_goes_on_is_not_cut() {
     for piece in body.as_bytes().chunks(2048) {
         stream.write_all(piece).await.unwrap();
         // The pauses together are longer than the time for which a client may be silent.
-        tokio::time::sleep(Duration::from_millis(250)).await;
+        tokio::time::sleep(Duration::from_millis(450)).await;
     }
     let mut answer = String::new();
     let read = stream.read_to_string(&mut answer);

@@ -13,6 +13,9 @@ mod links;
 mod models;
 mod newer;
 mod passed;
+/// Ports for the tests of all crates.
+#[path = "../../../common/tests/all/ports.rs"]
+mod ports;
 mod realtime;
 mod registration;
 mod replaced;

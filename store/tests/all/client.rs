@@ -89,13 +89,7 @@ impl Running {
 
     /// Waits until a metric has a value.
     pub(crate) async fn wait(&self, line: &str, value: f64) {
-        for _ in 0..1000 {
-            if self.metric(line) == Some(value) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("{line} is {:?}, not {value}", self.metric(line));
+        until(line, || self.metric(line) == Some(value)).await;
     }
 
     pub(crate) fn stop(&self) {
@@ -112,6 +106,17 @@ impl Running {
     pub(crate) async fn end(self) {
         self.port_ended().await.close().await;
     }
+}
+
+/// Waits until something is true. Fails after a minute.
+pub(crate) async fn until(what: &str, is_true: impl Fn() -> bool) {
+    let wait = async {
+        while !is_true() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(60), wait).await;
+    assert!(waited.is_ok(), "it does not happen: {what}");
 }
 
 pub(crate) struct Client(pub(crate) TcpStream);
@@ -165,7 +170,7 @@ impl Client {
                 body,
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), read)
+        tokio::time::timeout(Duration::from_secs(60), read)
             .await
             .expect("an answer in time")
     }
@@ -173,7 +178,7 @@ impl Client {
     /// Returns true if the server ends the connection in time.
     pub(crate) async fn is_closed(&mut self) -> bool {
         let mut byte = [0];
-        let read = tokio::time::timeout(Duration::from_secs(30), self.0.read(&mut byte)).await;
+        let read = tokio::time::timeout(Duration::from_secs(60), self.0.read(&mut byte)).await;
         matches!(read, Ok(Ok(0) | Err(_)))
     }
 }

@@ -2,15 +2,24 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use bytes::Bytes;
 use store::cache::{Cache, Missing, OpenError};
 use store::entry::About;
 
-use crate::client::{EXIST, GET, MIB, Running, body, bounds, sizes};
+use crate::client::{EXIST, GET, MIB, Running, body, bounds, sizes, until};
 
 const VALUES: u8 = 40;
+
+/// The number of values of one MiB that may wait for the disk.
+const WAITING: usize = 4;
+
+/// Waits until the disk has all but the last values up to number `i`. The disk may be slower than a loop of puts. What
+/// waits for the disk is limited, and values beyond the limit stay in memory alone.
+async fn written(cache: &Cache, i: usize) {
+    let least = (i.saturating_sub(WAITING) * MIB) as u64;
+    until("the values are on disk", || cache.disk_bytes().0 >= least).await;
+}
 
 async fn fill(folder: &Path) {
     let store = Running::start(&sizes(Some(folder)), bounds()).await;
@@ -18,8 +27,7 @@ async fn fill(folder: &Path) {
     for i in 0..VALUES {
         client.put(&format!("k{i}"), &body(i, MIB)).await;
         assert_eq!(client.ask(EXIST, &format!("k{i}")).await.code, 200);
-        // The disk may be slower than this loop. What waits for it is limited, and beyond it stays in memory alone.
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        written(&store.cache, usize::from(i)).await;
     }
     assert!(store.cache.memory_bytes() <= 16 * MIB);
     for i in 0..VALUES {
@@ -98,7 +106,7 @@ async fn values_beyond_the_disk_are_evicted_and_the_newest_stay() {
     let cache = Cache::open(&sizes(Some(folder.path()))).await.unwrap();
     for i in 0..250u8 {
         cache.put(vec![i], About::default(), Bytes::from(body(i, MIB)));
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        written(&cache, usize::from(i)).await;
     }
     assert!(cache.get(&vec![249]).await.is_ok());
     assert_eq!(cache.get(&vec![0]).await.unwrap_err(), Missing::Absent);

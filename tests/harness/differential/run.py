@@ -18,7 +18,7 @@ AT_ONCE = 8
 # The proxy keeps the records of its last 256 requests.
 BATCH = 200
 
-RECORD_BOUND_S = 10.0
+RECORD_BOUND_S = 30.0
 READY_BOUND_S = 60.0
 
 # A failure shows so many cases.

@@ -12,6 +12,7 @@ import pytest
 from harness.drop_in.bare import BareReceiver, BareSender
 from harness.drop_in.chunks import Prompt
 from harness.drop_in.nodes import LmcachePeer, LmcacheReceiver, LmcacheSender, Notices
+from harness.ports import fixed
 from harness.sidecar import BINARIES, ROOT
 
 from pd_sidecar.sidecar.wire import Target
@@ -51,6 +52,11 @@ CONSENT = {"PD_SIDECAR_NIXL_OVER_TCP": "trusted"}
 
 @pytest.mark.parametrize("lmcache_sends", [False, True])
 def test_the_shipped_files_work_with_both_programs(tmp_path: Path, lmcache_sends: bool) -> None:
+    with fixed("ports of the shipped files"):
+        moved_with_the_shipped_files(tmp_path, lmcache_sends)
+
+
+def moved_with_the_shipped_files(tmp_path: Path, lmcache_sends: bool) -> None:
     sender: LmcacheSender | BareSender
     receiver: LmcacheReceiver | BareReceiver
     notices = _FixedNotices()
@@ -152,7 +158,7 @@ def test_each_pd_key_does_what_it_says(
     environ = {k: v for k, v in os.environ.items() if not k.startswith("LMCACHE_")}
     environ |= variables | {"LMCACHE_CONFIG_FILE": str(file)}
     command: list[str | Path] = [BINARIES / "sidecar", "check-config", "--json"]
-    run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
     report: dict[str, Any] = json.loads(run.stdout)
     if row == "refused":
         assert run.returncode == 64

@@ -95,7 +95,7 @@ def test_no_chunks(sender: Sender, receiver: Receiver) -> None:
     if isinstance(sender, OurSender):
         put = sender.put(req, receiver.target, nothing)
         assert (put.written, put.error) == (0, None)
-        notice = sender.notices.wait(req, 5)
+        notice = sender.notices.wait(req)
         assert notice is not None
         assert notice["x"]["ok"] is True
     else:

@@ -81,7 +81,7 @@ def registered(proxy: Proxy) -> dict[str, list[int]]:
     return {str(i["role"]): list(i["init_ports"]) for i in proxy.instances()}
 
 
-def until(condition: Callable[[], bool], what: str, bound_s: float = 30.0) -> None:
+def until(condition: Callable[[], bool], what: str, bound_s: float = 60.0) -> None:
     deadline = time.monotonic() + bound_s
     while not condition():
         assert time.monotonic() < deadline, what

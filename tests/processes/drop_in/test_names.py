@@ -58,7 +58,7 @@ def test_keys_are_lmcaches(seed: str | None, algorithms: tuple[str, ...]) -> Non
 def test_builtin_without_a_seed_is_refused_with_the_reason() -> None:
     asked = {"algorithms": ["builtin"], "tokens": TOKENS, "model": "m", "world_size": 1, "rank": 0}
     command = [sys.executable, "-c", OURS, json.dumps(asked)]
-    run = subprocess.run(command, env=_environment(None), capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, env=_environment(None), capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode != 0
     assert "needs PYTHONHASHSEED" in run.stderr
 
@@ -80,7 +80,7 @@ def test_every_key_of_lmcaches_configuration_is_known(tmp_path: Path) -> None:
 def _check(file: Path, variables: dict[str, str]) -> str:
     command: list[str | Path] = [BINARIES / "sidecar", "check-config", file]
     environment = _environment(None) | variables
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     # Most values are wrong, so the exit code may be 64. The report then lists every mistake.
     assert run.returncode in (0, 64), run.stderr
     return str(run.stdout) + str(run.stderr)

@@ -7,7 +7,6 @@ pub mod engine;
 pub mod journal;
 pub mod sidecar;
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,17 +22,7 @@ use journal::Journal;
 use sidecar::{Role, Sidecar};
 
 /// The longest wait in a test: only a step that hangs takes so long.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Returns a port that was free a moment ago. The port is below 32768, because Linux gives outgoing
-/// connections ports from 32768 up.
-pub fn free_port() -> u16 {
-    let start = RandomState::new().build_hasher().finish() % 12_000;
-    let mut ports =
-        (0..12_000).map(|step| 20_000 + u16::try_from((start + step) % 12_000).unwrap());
-    let free = ports.find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok());
-    free.expect("a free port")
-}
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A proxy under test, with its client and journal.
 pub struct Rig {

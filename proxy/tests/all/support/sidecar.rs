@@ -114,7 +114,7 @@ impl Sidecar {
                 }
             }
         };
-        let push = tokio::time::timeout(Duration::from_secs(10), connect)
+        let push = tokio::time::timeout(super::PATIENCE, connect)
             .await
             .expect("the registration port does not listen");
         // Only an instance that decodes has ports for receivers.

@@ -15,7 +15,7 @@ fn transport(which: &Which, slots: u32, slot_bytes: u64) -> (CudaIpc, Arc<Buffer
     let buffer = Buffer::on_gpu(which, u64::from(slots) * slot_bytes).unwrap();
     let config = Config {
         link: Duration::from_secs(5),
-        stall: Duration::from_millis(300),
+        stall: Duration::from_secs(3),
         drain: Duration::from_secs(2),
     };
     let transport = CudaIpc::start(Arc::clone(buffer.cuda().unwrap()), config).unwrap();
@@ -69,7 +69,7 @@ async fn chunks_arrive_once_they_are_ready_and_nothing_else_does() {
     assert!(same(0, 3, slot_bytes) && same(1, 4, 1000) && same(5, 0, 5));
     assert!(!same(1, 4, 1001) && !same(5, 0, 6));
 
-    let stall = Duration::from_millis(300);
+    let stall = Duration::from_secs(3);
     crate::transport::readiness::tests::check(&*link, LEASE, piece(2, 2, slot_bytes), stall).await;
     assert!(same(2, 2, slot_bytes));
     assert!(matches!(

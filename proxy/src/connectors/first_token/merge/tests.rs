@@ -95,5 +95,5 @@ fn a_long_event_is_searched_once() {
     }
     assert_eq!(merger.chunk(b"\n\n").len(), 8192 * 256 + 2);
     let took = begun.elapsed();
-    assert!(took < std::time::Duration::from_secs(5), "{took:?}");
+    assert!(took < std::time::Duration::from_secs(15), "{took:?}");
 }

@@ -127,7 +127,7 @@ async fn many_writes_at_once_all_arrive() {
 async fn a_write_waits_until_its_bytes_are_there() {
     let Some(library) = library() else { return };
     let mut receiver = Receiver::start(2, MIB);
-    let stall = Duration::from_millis(500);
+    let stall = Duration::from_secs(3);
     let (sender, _buffer) = start_with(library, 2, MIB, |config| config.stall = stall);
     receiver.expect(true);
     let link = sender.link(receiver.remote.clone()).await.unwrap();
@@ -156,7 +156,7 @@ async fn a_dead_receiver_fails_its_writes_and_its_successor_is_reached() {
     let Outcome::Failed { terminal, error } = link.write(LEASE, all()).await else {
         panic!("a write to a dead process was done");
     };
-    assert!(start.elapsed() < Duration::from_secs(11), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(60), "{error}");
     println!("terminal {terminal} after {:?}: {error}", start.elapsed());
     // Nothing is posted on a link that has failed.
     let again = link.write(LEASE, all()).await;
@@ -252,7 +252,7 @@ async fn a_receiver_killed_in_the_middle_fails_the_write() {
         let killed = Instant::now();
         match write.await.unwrap() {
             Outcome::Failed { error, .. } => {
-                assert!(killed.elapsed() < Duration::from_secs(11), "{error}");
+                assert!(killed.elapsed() < Duration::from_secs(60), "{error}");
                 break;
             }
             Outcome::Done => assert!(attempt < 10, "every write was faster than the kill"),
@@ -287,7 +287,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
             "{outcome:?}"
         );
     }
-    assert!(start.elapsed() >= stall && start.elapsed() < 10 * stall);
+    assert!(start.elapsed() >= stall && start.elapsed() < 60 * stall);
     assert_eq!(sender.shared.counters.read().uncertain, 2);
     // The same peer cannot be linked again while the old writes may still reach its connection.
     let cause = sender
@@ -301,7 +301,7 @@ async fn a_write_that_stands_still_is_given_up_but_not_released() {
     let link = loop {
         match sender.link(receiver.remote.clone()).await {
             Ok(link) => break link,
-            Err(error) => assert!(start.elapsed() < Duration::from_secs(20), "{error}"),
+            Err(error) => assert!(start.elapsed() < Duration::from_secs(90), "{error}"),
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     };

@@ -21,10 +21,11 @@ fn victims(config: Config) -> (Tcp, Tcp) {
     (sender, receiver)
 }
 
+/// Returns time limits that are short, but longer than a busy machine stops a thread.
 fn hasty() -> Config {
     Config {
-        handshake: Duration::from_millis(60),
-        stall: Duration::from_millis(120),
+        handshake: Duration::from_millis(1000),
+        stall: Duration::from_millis(1500),
         ..Config::default()
     }
 }
@@ -156,20 +157,21 @@ async fn a_slow_hello_and_a_slow_write_run_out_of_time() {
 
 #[tokio::test]
 async fn a_trickle_that_never_stalls_still_has_a_deadline() {
+    const BYTES: u64 = 6000;
     let config = Config {
         stall: Duration::from_millis(400),
         ..Config::default()
     };
     let (_sender, receiver) = victims(config);
     let mut raw = Raw::welcome(&receiver);
-    raw.write(1, LEASE, &[part(1, 0, 100)]);
+    raw.write(1, LEASE, &[part(1, 0, BYTES)]);
     raw.0
         .set_read_timeout(Some(Duration::from_millis(10)))
         .unwrap();
     let start = Instant::now();
     // The peer sends a byte every 10 ms, well within the stall time, until the receiver closes the
-    // connection.
-    let end = (0..100).find_map(|_| {
+    // connection. All bytes would take a minute.
+    let end = (0..BYTES).find_map(|_| {
         drop(raw.0.write(&[1]));
         match raw.0.read(&mut [0; 1]) {
             Ok(n) => Some(n),
@@ -180,7 +182,7 @@ async fn a_trickle_that_never_stalls_still_has_a_deadline() {
     assert_eq!(
         end,
         Some(0),
-        "a write of 100 bytes took {:?}",
+        "a write of {BYTES} bytes took {:?}",
         start.elapsed()
     );
     assert_eq!(refused(&receiver, Refusal::Stalled), 1);
@@ -262,7 +264,7 @@ async fn strangers_make_room_and_known_senders_do_not() {
 #[tokio::test]
 async fn a_silent_connection_ends_unless_its_lease_is_open() {
     let config = Config {
-        idle: Duration::from_millis(50),
+        idle: Duration::from_secs(1),
         ..Config::default()
     };
     let (_sender, receiver) = victims(config);
