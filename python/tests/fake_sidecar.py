@@ -8,13 +8,16 @@ import queue
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import msgspec
 
+from pd_sidecar.client import Client
 from pd_sidecar.sidecar import wire
 
-PATIENCE_S = 5.0
+# A busy machine may stop a thread for seconds. Only a test that hangs waits for so long.
+PATIENCE_S = 60.0
 
 
 class FakeSidecar:
@@ -139,6 +142,19 @@ class RankedSidecar(FakeSidecar):
         """Passes the connection to the fake sidecar of its rank."""
         rank = self.ranks.setdefault(hello.rank, FakeSidecar(None))
         rank.serve(connection, hello)
+
+
+def refusal(path, hello):
+    """Returns the reason why a client gets no connection."""
+    client = Client(str(path), hello)
+    deadline = time.monotonic() + PATIENCE_S
+    try:
+        while not client._reconnector.failure:
+            assert time.monotonic() < deadline, "the client does not give up"
+            time.sleep(0.005)
+        return client._reconnector.failure
+    finally:
+        client.close()
 
 
 def _read(connection):

@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from fake_sidecar import FakeSidecar, raw
+from fake_sidecar import PATIENCE_S, FakeSidecar, raw, refusal
 
 from pd_sidecar.client import Client, Connected, Lost, NotConnectedError, Pauses, default_socket
 from pd_sidecar.sidecar import wire
@@ -36,7 +36,7 @@ def connect(path, clients):
     return client
 
 
-def until(client, kind, seconds=5.0):
+def until(client, kind, seconds=PATIENCE_S):
     """Returns the events up to the first of this kind."""
     events, deadline = [], time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -46,7 +46,7 @@ def until(client, kind, seconds=5.0):
     raise AssertionError(f"no {kind.__name__} in {events}")
 
 
-def wait_until(holds, seconds=5.0):
+def wait_until(holds, seconds=PATIENCE_S):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
@@ -124,7 +124,7 @@ def test_a_restart_between_two_polls_is_a_loss_and_a_connection(path, clients):
     first.say(wire.Granted("r", 0, [0], [0]))
     first.stop()
     second = FakeSidecar(path, epoch=2)
-    assert client._reconnector.connected.wait(5)
+    assert client._reconnector.connected.wait(PATIENCE_S)
     assert second.hellos
     assert [type(event) for event in client.poll()] == [Lost, Connected]
     assert client.welcome.epoch == 2
@@ -135,7 +135,7 @@ def test_an_absent_sidecar_is_waited_for_without_blocking(path, clients):
     clients.append(client)
     began = time.monotonic()
     assert client.poll() == []
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < PATIENCE_S
     assert not client.connected
     with pytest.raises(NotConnectedError):
         client.abort("r")
@@ -146,13 +146,13 @@ def test_an_absent_sidecar_is_waited_for_without_blocking(path, clients):
 
 def test_connect_gives_up_in_time(path):
     with pytest.raises(TimeoutError, match="No such file"):
-        Client.connect(str(path), HELLO, timeout_s=0.2)
+        Client.connect(str(path), HELLO, timeout_s=1.0)
 
 
 def test_a_refusal_says_why(path, caplog):
     FakeSidecar(path, refuse=wire.Refused("layout_mismatch", "dtype: half here, float there"))
     with caplog.at_level("WARNING"), pytest.raises(TimeoutError, match="half here, float there"):
-        Client.connect(str(path), HELLO, timeout_s=0.3)
+        Client.connect(str(path), HELLO, timeout_s=2.0)
     assert "layout_mismatch" in caplog.text
     assert len(caplog.records) == 1
 
@@ -184,14 +184,12 @@ def test_the_successor_of_a_sidecar_that_refused_is_found_at_once(path):
 
 def test_slots_of_another_size_are_refused(path):
     FakeSidecar(path, slot_bytes=LAYOUT.chunk_bytes - 8)
-    with pytest.raises(TimeoutError, match="slots of"):
-        Client.connect(str(path), HELLO, timeout_s=0.3)
+    assert "slots of" in refusal(path, HELLO)
 
 
 def test_a_buffer_that_may_shrink_is_refused(path):
     FakeSidecar(path, sealed=False)
-    with pytest.raises(TimeoutError, match="sealed"):
-        Client.connect(str(path), HELLO, timeout_s=0.3)
+    assert "sealed" in refusal(path, HELLO)
 
 
 @pytest.mark.parametrize(

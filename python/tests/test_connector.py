@@ -75,7 +75,7 @@ def test_a_push_through_both_halves(tmp_path, monkeypatch):
     kv = tensors()
     scheduler = PdSidecarConnector(vllm_config, KVConnectorRole.SCHEDULER, cache())
     worker = worker_of(vllm_config, kv, monkeypatch)
-    worker._worker._links[0].client._reconnector.connected.wait(5)
+    worker._worker._links[0].client._reconnector.connected.wait(60)
 
     req = request("a", push_params())
     req.status = RequestStatus.RUNNING
@@ -85,7 +85,7 @@ def test_a_push_through_both_halves(tmp_path, monkeypatch):
     req.status = RequestStatus.FINISHED_LENGTH_CAPPED
     assert scheduler.request_finished(req, [5, 2, 7])[0]
     sidecar.say(wire.Granted("r", 0, [0, 1], [3, 4]))
-    sent, deadline = set(), time.monotonic() + 5
+    sent, deadline = set(), time.monotonic() + 60
     while not sent:
         assert time.monotonic() < deadline
         assert scheduler.has_pending_push_work()
@@ -110,7 +110,7 @@ def test_a_sidecar_is_told_what_bytes_stand_for(tmp_path, monkeypatch, of_bytes)
     dtype = torch.uint8 if of_bytes else torch.bfloat16
     kv = {name: torch.zeros(BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=dtype) for name in NAMES}
     worker = worker_of(vllm_config, kv, monkeypatch)
-    worker._worker._links[0].client._reconnector.connected.wait(5)
+    worker._worker._links[0].client._reconnector.connected.wait(60)
     layout = sidecar.hellos[0].layout
     assert (layout.dtype, layout.quantization) == (("uint8", "fp8_e4m3, scales 0.5") if of_bytes else ("bfloat16", ""))
     worker.shutdown()
@@ -152,7 +152,7 @@ def test_an_engine_that_moves_nothing_promises_nothing(tmp_path, monkeypatch):
         {"pushed": False, "reason": "layout"},
     )
     assert scheduler.get_num_new_matched_tokens(request("b", load_params()), 0) == (0, False)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(sidecar.hellos) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -247,14 +247,14 @@ def test_a_scheduler_beside_its_only_worker_knows_before_the_next_step(tmp_path,
     worker = worker_of(vllm_config, tensors(), monkeypatch)
     monkeypatch.setattr(module, "has_kv_transfer_group", lambda: True)
     monkeypatch.setattr(module, "get_kv_transfer_group", lambda: worker)
-    worker._worker._links[0].client._reconnector.connected.wait(5)
+    worker._worker._links[0].client._reconnector.connected.wait(60)
 
     worker.bind_connector_metadata(park(scheduler))
     assert results_of(worker).finished_recving == set()
     worker.clear_connector_metadata()
     sidecar.next(wire.Await)
     sidecar.say(wire.Ready("r", 0, [0, 1], [0, 1]))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     before = KVConnectorOutput(kv_connector_worker_meta=worker.build_connector_worker_meta())
     assert not before.is_empty()  # vLLM does not pass an empty output to the scheduler's half
     while not before.finished_recving and told and time.monotonic() < deadline:

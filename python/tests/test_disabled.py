@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fake_sidecar import FakeSidecar
+from fake_sidecar import PATIENCE_S, FakeSidecar
 from test_worker import Rig, load, push
 
 from pd_sidecar.options.config import Options
@@ -14,7 +14,7 @@ from pd_sidecar.worker.disabled import DisabledWorker
 from pd_sidecar.worker.ranks import Part, Share
 
 
-def wait_until(condition, seconds=5.0):
+def wait_until(condition, seconds=PATIENCE_S):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -321,7 +321,7 @@ def test_after_a_restart_of_the_sidecar_the_first_answer_names_the_new_port(tmp_
     # The worker runs in another process.
     monkeypatch.setattr(scheduler, "_neighbour", lambda: None)
     client = worker._worker._links[0].client
-    assert client._reconnector.connected.wait(5)
+    assert client._reconnector.connected.wait(60)
     scheduler.set_xfer_handshake_metadata({0: worker.get_handshake_metadata()})
     sidecar.stop()
     other = FakeSidecar(path, fetch=wire.Keeper("10.0.0.1", 7601), epoch=2)
@@ -343,7 +343,7 @@ def test_after_a_restart_of_the_sidecar_the_first_answer_names_the_new_port(tmp_
         return told
 
     # While the sidecar is away, the answer says that nothing is kept.
-    count, deadline = 0, time.monotonic() + 20
+    count, deadline = 0, time.monotonic() + 60
     while not (told := answer(f"p-{count}"))["do_remote_prefill"]:
         assert time.monotonic() < deadline, told["pd"]
         assert told["pd"]["reason"] in ("no_fetch_port", "keep_full")

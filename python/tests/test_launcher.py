@@ -18,7 +18,7 @@ from pd_sidecar.sidecar.launcher import Child, NoBinaryError, find_binary
 LOGGER = logging.getLogger("test")
 
 
-def until(condition, bound_s=10.0):
+def until(condition, bound_s=60.0):
     deadline = time.monotonic() + bound_s
     while not condition():
         assert time.monotonic() < deadline

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from fake_sidecar import FakeSidecar
+from fake_sidecar import PATIENCE_S, FakeSidecar
 
 from pd_sidecar.kv.layout import Hint, chunk_span, geometry
 from pd_sidecar.kv.parts import Parts
@@ -67,7 +67,7 @@ class Rig:
             self.worker.computed()
         return self.worker.finish()
 
-    def until(self, condition, seconds=5.0):
+    def until(self, condition, seconds=PATIENCE_S):
         """Runs steps without tokens until the condition holds. Returns all requests that these steps reported."""
         sent, received, failed, deadline = [], [], [], time.monotonic() + seconds
         while True:
@@ -227,7 +227,7 @@ def test_a_preempted_push_gathers_from_its_new_table_and_keeps_what_is_staged(ri
 
 
 def test_blocks_are_not_held_for_ever(tmp_path):
-    rig = Rig(tmp_path, save_deadline_ms=50)
+    rig = Rig(tmp_path, save_deadline_ms=500)
     begin_push(rig)
     rig.step(forward=False, finished=["a"])
     sent, _, _ = rig.until(lambda: not rig.worker._senders[0]._by_req)
@@ -383,7 +383,7 @@ def test_loads_fail_with_their_sidecar_and_the_next_one_works(rig):
 
 def test_a_sidecar_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("pd_sidecar.worker.ranks.GRACE_S", 0.0)
-    rig = Rig(tmp_path, load_deadline_ms=50)
+    rig = Rig(tmp_path, load_deadline_ms=500)
     rig.step(forward=False, load_starts=[load()])
     rig.receiver.next(wire.Await)
     _, received, failed = rig.until(lambda: not rig.worker._receivers[0]._by_req)
@@ -427,7 +427,7 @@ def test_a_scheduler_that_asks_is_told_at_once_but_for_failures(tmp_path):
     assert time.monotonic() - began < 4  # `finish` does not wait; only `news` waits, if a scheduler calls it
     _, ready = land(rig)
     rig.receiver.say(ready)
-    deadline = began + 5
+    deadline = began + PATIENCE_S
     while (news := worker.news(rest=True)) == (set(), set()):
         assert time.monotonic() < deadline
     assert news == (set(), {"a"})
@@ -450,7 +450,7 @@ def test_what_has_arrived_is_told_at_once_and_scattered_before_it_is_used(rig, t
     landed, ready = land(rig)
     want = torch.cat(list(landed.values()), 2)
     rig.receiver.say(ready)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while not worker.collect():
         worker.read()
         assert time.monotonic() < deadline
