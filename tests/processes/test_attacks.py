@@ -167,8 +167,10 @@ def victims(host: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterat
     try:
         for part in (receiver, *senders.values()):
             part.start()
-        decode = Client.connect(str(receiver.socket), hello("decode"))
-        prefill = {wire: Client.connect(str(sender.socket), hello("prefill")) for wire, sender in senders.items()}
+        decode = Client.connect(str(receiver.socket), hello("decode"), BOUND_S)
+        prefill = {
+            wire: Client.connect(str(sender.socket), hello("prefill"), BOUND_S) for wire, sender in senders.items()
+        }
         yield Field(host, folder, receiver, senders, decode, prefill)
     finally:
         for part in (*senders.values(), receiver):
@@ -227,7 +229,7 @@ def test_forged_nixl_agents_read_a_sidecar_that_consents_to_them(host: list[str]
     receiver.host = OUR_END
     try:
         receiver.start()
-        decode = Client.connect(str(receiver.socket), hello("decode"))
+        decode = Client.connect(str(receiver.socket), hello("decode"), BOUND_S)
         decode.slot(0)[: len(SECRET)] = SECRET
         named = {urlsplit(receiver.admin).port, receiver.init_port, receiver.alloc_port, receiver.tcp_port}
         (ucx,) = set(tcp_ports(receiver.pid)) - named
@@ -281,7 +283,7 @@ def test_data_connections_that_showed_a_lease_keep_nobody_out(victims: Field) ->
         # Use a sender that has no connection yet.
         victims.prefill["tcp"].close()
         victims.senders["tcp"].restart()
-        victims.prefill["tcp"] = Client.connect(str(victims.senders["tcp"].socket), hello("prefill"))
+        victims.prefill["tcp"] = Client.connect(str(victims.senders["tcp"].socket), hello("prefill"), BOUND_S)
         for _ in range(5):
             victims.check()
     finally:

@@ -117,7 +117,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             part.start()
             stack.callback(part.stop)
         for side, role in ((pair.sender, "prefill"), (pair.receiver, "decode")):
-            stack.callback(Client.connect(str(side.socket), hello(role, LAYOUT)).close)
+            stack.callback(Client.connect(str(side.socket), hello(role, LAYOUT), BOUND_S).close)
         proxy.wait_ready()
         yield pair
 

@@ -15,7 +15,7 @@ import pytest
 from harness.listening import listening
 from harness.process import Process
 from harness.sidecar import BINARIES, NO_PUSH, Sidecar, SidecarOptions
-from test_strangers import LAYOUT, Sides, hello
+from test_strangers import BOUND_S, LAYOUT, Sides, hello
 from test_two_hosts import ITS_END, OUR_END, end, other_host
 
 from pd_sidecar.client import Client
@@ -91,8 +91,8 @@ def test_a_stranger_on_another_host_finds_no_port(tmp_path: Path, role: str) -> 
 @pytest.mark.skipif(NO_PUSH, reason="nothing can be pushed")
 def test_two_sidecars_of_one_host_take_nixl_without_a_port(tmp_path: Path) -> None:
     with running(tmp_path, "receiver") as receiver, running(tmp_path, "sender") as sender:
-        decode = Client.connect(str(receiver.socket), hello("decode"))
-        prefill = Client.connect(str(sender.socket), hello("prefill"))
+        decode = Client.connect(str(receiver.socket), hello("decode"), BOUND_S)
+        prefill = Client.connect(str(sender.socket), hello("prefill"), BOUND_S)
         Sides(sender, receiver, prefill, decode).check()
         (link,) = sender.status()["links"]
         assert link["transport"] == "nixl", link
@@ -111,8 +111,8 @@ def test_two_hosts_take_the_built_in_wire(tmp_path: Path) -> None:
         try:
             receiver.start()
             sender.start()
-            decode = Client.connect(str(receiver.socket), hello("decode"))
-            prefill = Client.connect(str(sender.socket), hello("prefill"))
+            decode = Client.connect(str(receiver.socket), hello("decode"), BOUND_S)
+            prefill = Client.connect(str(sender.socket), hello("prefill"), BOUND_S)
             Sides(sender, receiver, prefill, decode).check()
             (link,) = sender.status()["links"]
             assert link["transport"] == "tcp", link

@@ -116,8 +116,8 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     try:
         receiver.start()
         sender.start()
-        decode = Client.connect(str(receiver.socket), hello("decode"))
-        prefill = Client.connect(str(sender.socket), hello("prefill"))
+        decode = Client.connect(str(receiver.socket), hello("decode"), BOUND_S)
+        prefill = Client.connect(str(sender.socket), hello("prefill"), BOUND_S)
         yield Pair(sender, receiver, prefill, decode)
         prefill.close()
         decode.close()

@@ -59,8 +59,8 @@ class Pair:
     def move(self, req: str, *, tokens: int, have: int, slots: int) -> None:
         """Moves one request, and compares every byte that the decode side needs."""
         plan = Plan(GROUPS, CHUNK_TOKENS, tokens=tokens, have=have)
-        prefill = Client.connect(str(self.sender.socket), hello("prefill", LAYOUT))
-        decode = Client.connect(str(self.receiver.socket), hello("decode", LAYOUT))
+        prefill = Client.connect(str(self.sender.socket), hello("prefill", LAYOUT), BOUND_S)
+        decode = Client.connect(str(self.receiver.socket), hello("decode", LAYOUT), BOUND_S)
         assert prefill.welcome.slot_bytes == decode.welcome.slot_bytes == LAYOUT.chunk_bytes
         assert decode.welcome.slots == slots
         decode.await_(req, keys(plan), tokens=tokens, have_tokens=have, deadline_ms=30_000)
@@ -136,8 +136,8 @@ def test_other_groups_are_refused_by_their_name(pair: Pair) -> None:
     other = msgspec.structs.replace(LAYOUT, groups=[GROUPS[0], Group("window", 16, 200), GROUPS[2]])
     refused: list[str] = []
     for layout, text in [(other, "size 300 at position 1"), (PLAIN, "no groups")]:
-        prefill = Client.connect(str(pair.sender.socket), hello("prefill", LAYOUT))
-        decode = Client.connect(str(pair.receiver.socket), hello("decode", layout))
+        prefill = Client.connect(str(pair.sender.socket), hello("prefill", LAYOUT), BOUND_S)
+        decode = Client.connect(str(pair.receiver.socket), hello("decode", layout), BOUND_S)
         plan = Plan(GROUPS, CHUNK_TOKENS, tokens=100, have=0)
         req = f"r-{len(refused)}"
         prefill.reserve(req, pair.target, keys(plan), tokens=100, upto=100, overlap=False)

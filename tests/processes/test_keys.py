@@ -88,8 +88,8 @@ def started(tmp_path: Path) -> Iterator[tuple[Pair, Fleet, dict[str, tuple[str, 
 
 def refusal(sender: Sidecar, receiver: Sidecar, req: str) -> str | None:
     """Returns the reason with which a request of the sender ends; `None` if the receiver grants slots."""
-    prefill = Client.connect(str(sender.socket), hello("prefill", LAYOUT))
-    decode = Client.connect(str(receiver.socket), hello("decode", LAYOUT))
+    prefill = Client.connect(str(sender.socket), hello("prefill", LAYOUT), BOUND_S)
+    decode = Client.connect(str(receiver.socket), hello("decode", LAYOUT), BOUND_S)
     plan = Plan(GROUPS, CHUNK_TOKENS, tokens=100, have=0)
     prefill.reserve(req, Pair(sender, receiver).target, keys(plan), tokens=100, upto=100, overlap=False)
     answers: list[Granted | Ended] = []

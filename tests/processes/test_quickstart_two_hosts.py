@@ -165,7 +165,7 @@ def test_five_commands_make_an_authenticated_pair(hosts: dict[str, Host]) -> Non
             return {instance["id"]: instance["standing"]["state"] for instance in page("/instances")}
 
         clients = [
-            Client.connect(str(side.socket), hello(role, LAYOUT))
+            Client.connect(str(side.socket), hello(role, LAYOUT), BOUND_S)
             for side, role in ((sender, "prefill"), (receiver, "decode"))
         ]
         until("the instances are not ready", lambda: states() == {"prefill": "ready", "decode": "ready"})

@@ -127,8 +127,8 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     try:
         receiver.start()
         sender.start()
-        decode = Client.connect(str(receiver.socket), hello("decode"))
-        prefill = Client.connect(str(sender.socket), hello("prefill"))
+        decode = Client.connect(str(receiver.socket), hello("decode"), BOUND_S)
+        prefill = Client.connect(str(sender.socket), hello("prefill"), BOUND_S)
         yield Sides(sender, receiver, prefill, decode)
         prefill.close()
         decode.close()
@@ -295,7 +295,7 @@ def test_garbage_on_every_port_while_pushes_go_on(sides: Sides) -> None:
 
 def test_an_engine_that_is_cut_off_keeps_for_a_while_what_it_was_shown(sides: Sides) -> None:
     req, tokens = f"cut-{os.getpid()}", CHUNK_TOKENS
-    reader = Client.connect(str(sides.receiver.socket), hello("decode"))
+    reader = Client.connect(str(sides.receiver.socket), hello("decode"), BOUND_S)
     reader.await_(req, keys(req, 1), tokens=tokens, have_tokens=0, deadline_ms=30_000)
     sides.prefill.reserve(req, sides.target, keys(req, 1), tokens=tokens, upto=tokens)
     shown: list[int] = []

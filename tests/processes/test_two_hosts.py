@@ -77,8 +77,8 @@ def sides(tmp_path: Path) -> Iterator[Sides]:
         try:
             receiver.start()
             sender.start()
-            decode = Client.connect(str(receiver.socket), hello("decode"))
-            yield Sides(sender, receiver, Client.connect(str(sender.socket), hello("prefill")), decode)
+            decode = Client.connect(str(receiver.socket), hello("decode"), BOUND_S)
+            yield Sides(sender, receiver, Client.connect(str(sender.socket), hello("prefill"), BOUND_S), decode)
         finally:
             end(sender)
             receiver.stop()
@@ -124,7 +124,7 @@ def test_its_successor_vouches_for_a_dead_sender(sides: Sides) -> None:
     assert sides.receiver.slots() == (SLOTS - 2, 0, 2), "it may live: nobody has said otherwise"
     began = time.monotonic()
     sides.sender.start()
-    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"))
+    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"), BOUND_S)
     sides.check()
     held = sides.receiver.slots()[2]
     # On a busy machine the check may have taken longer than the fence.
@@ -137,7 +137,7 @@ def test_its_successor_vouches_for_a_dead_sender(sides: Sides) -> None:
 def test_one_that_left_too_much_is_served_again(sides: Sides) -> None:
     dies_in_the_middle(sides, "much", SLOTS - 2)
     sides.sender.start()
-    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"))
+    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"), BOUND_S)
     req = "refused"
     refused, _ = sides.push(req, keys(req), keys(req), CHUNK_TOKENS + 7)
     assert refused == "quarantined"
@@ -151,7 +151,7 @@ def test_another_sender_of_the_same_name_vouches_for_nobody(sides: Sides, tmp_pa
     own = sides.sender
     try:
         namesake.start()
-        sides.sender, sides.prefill = namesake, Client.connect(str(namesake.socket), hello("prefill"))
+        sides.sender, sides.prefill = namesake, Client.connect(str(namesake.socket), hello("prefill"), BOUND_S)
         sides.check()
         time.sleep(1.25 * FENCE_S)
         sides.check()
@@ -190,7 +190,7 @@ def test_what_the_kernel_still_sends_for_a_dead_sender_finds_its_slots_in_quaran
     time.sleep(1.5)
     assert ip("link", "set", f"pda{os.getpid()}", "up")
     sides.sender.start()
-    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"))
+    sides.prefill = Client.connect(str(sides.sender.socket), hello("prefill"), BOUND_S)
     while not landed(sides, req):
         assert time.monotonic() < deadline, "the kernel has given up: nothing was shown"
         time.sleep(0.01)

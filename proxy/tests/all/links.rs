@@ -143,7 +143,7 @@ async fn one_that_the_engine_has_closed_is_not() {
     let rig = rig(&engine).await;
     for _ in 0..3 {
         // Wait until the proxy has seen the end of the last connection.
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
         assert_eq!(rig.client.post(COMPLETIONS, &prompt()).await.status, 200);
     }
     // The first two connections served the health check and the list of models.
