@@ -12,7 +12,9 @@ use protocol::registration::PROXY_NAME;
 use tokio::net::TcpListener;
 
 use crate::ports::free_port;
-use crate::support::{answer, count, dealer, local, message, run, server, server_at, single, within};
+use crate::support::{
+    answer, count, dealer, local, message, run, server, server_at, single, within,
+};
 use crate::zmtp::{Hello, Peer};
 
 #[test]

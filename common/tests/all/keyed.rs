@@ -127,7 +127,10 @@ fn registrations_name_their_sender() {
                 assert!(nothing.is_err(), "{nothing:?}");
             } else {
                 let frame = within("plain", inbox.recv()).await.unwrap();
-                assert!(matches!(&frame, Frame::Single(bytes) if bytes == "plain"), "{frame:?}");
+                assert!(
+                    matches!(&frame, Frame::Single(bytes) if bytes == "plain"),
+                    "{frame:?}"
+                );
             }
         }
         // A sidecar with keys reaches a proxy without keys during a migration.

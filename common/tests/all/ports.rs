@@ -37,9 +37,12 @@ fn lock_block() -> (Range<u16>, File) {
         let mut options = File::options();
         let file = options.append(true).create(true);
         let file = file.open(folder.join(first.to_string())).unwrap();
-        file.try_lock().is_ok().then_some((first..first + BLOCK, file))
+        file.try_lock()
+            .is_ok()
+            .then_some((first..first + BLOCK, file))
     });
-    free.next().expect("a block of ports that no other test run has")
+    free.next()
+        .expect("a block of ports that no other test run has")
 }
 
 /// The same numbers as in `tests/harness/ports.py`.

@@ -89,6 +89,7 @@ pub(super) struct Standing {
 /// No program answers, or its answer is of no known form.
 pub(super) fn read(url: &str) -> Result<Running, String> {
     let base = url.trim_end_matches('/');
+    let began = SystemTime::now();
     let get = |path: &str| {
         let address = format!("{base}{path}");
         let page = reach::block(http_get::get(&address, reach::BOUND))?;
@@ -96,7 +97,7 @@ pub(super) fn read(url: &str) -> Result<Running, String> {
     };
     let running = |page: &Page, kind| Running {
         url: base.to_owned(),
-        skew: skew(&page.date, SystemTime::now()),
+        skew: skew(&page.date, began, SystemTime::now()),
         kind,
     };
     let status = get("/status")?;
@@ -122,13 +123,14 @@ pub(super) fn read(url: &str) -> Result<Running, String> {
     ))
 }
 
-/// Returns the difference of two clocks. A date has seconds, so a difference below two seconds shows nothing.
-fn skew(date: &str, now: SystemTime) -> Option<Duration> {
+/// Returns the difference of two clocks: the time between the date of an answer and the time of the exchange, which lasted
+/// from `began` to `ended`. A busy host may take seconds for an exchange. A date has seconds, so a difference below two
+/// seconds shows nothing.
+fn skew(date: &str, began: SystemTime, ended: SystemTime) -> Option<Duration> {
     let there = httpdate::parse_http_date(date).ok()?;
-    Some(
-        now.duration_since(there)
-            .unwrap_or_else(|earlier| earlier.duration()),
-    )
+    let behind = began.duration_since(there);
+    let ahead = there.duration_since(ended);
+    Some(ahead.or(behind).unwrap_or_default())
 }
 
 /// Largest number of characters of a foreign answer that are shown.
@@ -140,13 +142,18 @@ mod tests {
 
     #[test]
     fn the_skew_has_no_sign() {
-        let now = httpdate::parse_http_date("Mon, 30 Nov 2026 12:00:10 GMT").unwrap();
-        for date in [
-            "Mon, 30 Nov 2026 12:00:00 GMT",
-            "Mon, 30 Nov 2026 12:00:20 GMT",
+        let at = |time| httpdate::parse_http_date(&format!("Mon, 30 Nov 2026 {time} GMT")).unwrap();
+        let (began, ended) = (at("12:00:10"), at("12:00:15"));
+        for (time, seconds) in [
+            ("12:00:00", 10),
+            ("12:00:12", 0),
+            ("12:00:15", 0),
+            ("12:00:25", 10),
         ] {
-            assert_eq!(skew(date, now), Some(Duration::from_secs(10)));
+            let date = format!("Mon, 30 Nov 2026 {time} GMT");
+            let found = skew(&date, began, ended);
+            assert_eq!(found, Some(Duration::from_secs(seconds)), "{time}");
         }
-        assert_eq!(skew("yesterday", now), None);
+        assert_eq!(skew("yesterday", began, ended), None);
     }
 }

@@ -95,12 +95,7 @@ fn shake(sender: &Identity, mut serve: impl FnMut(&[u8]) -> Answer) -> Result<Li
             init_port: server.port(),
             alloc_port: 0,
         };
-        let client = handshake(
-            &target,
-            sender,
-            &Protection::Plain,
-            DEADLINE,
-        );
+        let client = handshake(&target, sender, &Protection::Plain, DEADLINE);
         tokio::pin!(client);
         loop {
             tokio::select! {

@@ -103,7 +103,10 @@ fn no_byte_lands_in_a_closed_slot() {
         waits[waits.len() - 1]
     );
     // A close does not wait for a peer, only for a copy of 512 KiB. A busy machine may stop the thread that copies.
-    assert!(median < Duration::from_millis(200), "a close took {median:?}");
+    assert!(
+        median < Duration::from_millis(200),
+        "a close took {median:?}"
+    );
 }
 
 /// Closes slots until it has done so [`CLOSES`] times and there was a contest, for a minute at most.
