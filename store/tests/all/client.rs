@@ -185,9 +185,10 @@ impl Client {
 
 /// Returns bytes that differ for each seed.
 pub(crate) fn body(seed: u8, length: usize) -> Vec<u8> {
-    (0..=u8::MAX)
+    let pattern: Vec<u8> = (0..=u8::MAX)
         .map(|i| i.wrapping_mul(31).wrapping_add(seed))
-        .cycle()
-        .take(length)
-        .collect()
+        .collect();
+    let mut body = pattern.repeat(length / pattern.len() + 1);
+    body.truncate(length);
+    body
 }

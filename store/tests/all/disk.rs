@@ -11,8 +11,8 @@ use crate::client::{EXIST, GET, MIB, Running, body, bounds, sizes, until};
 
 const VALUES: u8 = 40;
 
-/// The number of values of one MiB that may wait for the disk.
-const WAITING: usize = 4;
+/// The number of values of one MiB that may wait for the disk. The cache has buffers for twice as many.
+const WAITING: usize = 16;
 
 /// Waits until the disk has all but the last values up to number `i`. The disk may be slower than a loop of puts. What
 /// waits for the disk is limited, and values beyond the limit stay in memory alone.
