@@ -3,10 +3,10 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::identity::{self, Auth, Expected, Role};
-use common::zmq::{DealerClient, MAX_ALLOC_BYTES, RouterServer};
+use common::zmq::{DealerClient, HANDSHAKE_TIMEOUT, MAX_ALLOC_BYTES, RouterServer};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
@@ -19,6 +19,10 @@ use crate::zmtp::Io;
 
 const SENDERS: &[Role] = &[Role::Sender];
 const RECEIVERS: &[Role] = &[Role::Receiver];
+/// Connections of the stranger.
+const STRANGERS: u32 = 1500;
+/// Handshakes that one address may have at the same time.
+const PLACES: u64 = 128;
 
 fn members() -> Members {
     Members::new(&[
@@ -109,8 +113,9 @@ fn silent_strangers_delay_nobody() {
         let to: SocketAddr = ([127, 0, 0, 1], port).into();
         let traffic = server.traffic();
         echo_until(&mut server, async {
+            let began = Instant::now();
             let mut silent = VecDeque::new();
-            for i in 0..1500 {
+            for i in 0..STRANGERS {
                 silent.push_back(within("connect", says_nothing(to, i)).await);
             }
             // New strangers come as long as the member asks. So a member that had to wait for the end of the
@@ -133,11 +138,12 @@ fn silent_strangers_delay_nobody() {
                     .unwrap()
                     .1
             };
-            assert!(
-                refused("refused_flood") >= 1000,
-                "{}",
-                refused("refused_flood")
-            );
+            // Each place serves one stranger in the time of a handshake. On a slow machine the strangers come slowly,
+            // so more of them find a place.
+            let rounds = began.elapsed().as_secs() / HANDSHAKE_TIMEOUT.as_secs() + 2;
+            let least = u64::from(STRANGERS).saturating_sub(PLACES * rounds);
+            let refusals = refused("refused_flood");
+            assert!(refusals >= least, "{refusals} in {rounds} rounds");
             within("timeouts", async {
                 while refused("refused_timeout") < 100 {
                     tokio::time::sleep(Duration::from_millis(50)).await;
