@@ -31,11 +31,14 @@ COMPAT ?= 0.24.0 0.25.1 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 ETCD ?= target/etcd/usr/bin/etcd
 # The Redis program for the tests of discovery through Mooncake's metadata server.
 REDIS ?= target/redis/redis-server
+# The folder with the programs prometheus and promtool, for the tests of the dashboard and the alerts.
+PROMETHEUS ?= target/prometheus/usr/bin
+export PROMETHEUS := $(abspath $(PROMETHEUS))
 
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build dist programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle rdma fuzz etcd bindings clean
+.PHONY: help venv venv-lmcache build dist programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle rdma fuzz etcd prometheus bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,9 +95,11 @@ e2e: processes engines ## Run all tests with real processes
 
 # Two at a time. `loadscope` keeps a file's tests in one worker: they share processes and, some of them, fixed ports.
 processes: venv venv-lmcache programs ## Run the tests with real sidecars, proxies, NIXL, LMCache and manifests, but no vLLM engine
+	@$(MAKE) --no-print-directory prometheus || echo "note: no Prometheus: tests of the dashboard and the alerts are skipped"
 	$(PYTHON_IN_VENV) -m pytest tests/processes tests/deploy -n 2 --dist loadscope $(PYTEST)
 
 engines: venv venv-lmcache programs ## Run the tests with real vLLM engines
+	@$(MAKE) --no-print-directory prometheus || echo "note: no Prometheus: the test of the dashboard is skipped"
 	$(PYTHON_IN_VENV) -m pytest tests/engines -m "not models" $(PYTEST)
 
 models: venv programs ## Run the tests with further kinds of models
@@ -159,6 +164,9 @@ fuzz: ## Fuzz every decoder for FUZZ_SECONDS each (needs a C++ compiler)
 
 etcd: ## Fetch etcd for the tests of the proxy (Debian's package, unpacked below target)
 	@test -x $(ETCD) || scripts/etcd.sh target/etcd
+
+prometheus: ## Fetch Prometheus for the tests of the dashboard and the alerts (Debian's package, unpacked below target)
+	@test -x $(PROMETHEUS)/promtool || scripts/prometheus.sh target/prometheus
 
 bindings: venv ## Generate the bindings of NIXL's C API again
 	PD_WRITE_BINDINGS=1 $(LIBCLANG) $(CARGO) test --locked -p nixl-sys --test bindings

@@ -36,10 +36,13 @@ TASKS = [
 ]
 """The pages by task. Everything that these pages name must exist."""
 
+MONITORING = [ROOT / "deploy" / "monitoring" / name for name in ("alerts.yaml", "dashboard.json")]
+"""The alerts and the dashboard, for which the same holds."""
+
 SETTINGS = {"pd_proxy_host", "pd_proxy_port"}
 """Settings of LMCache that have the same prefix as the proxy's metrics."""
 
-OF_PROMETHEUS = {"instance", "exported_instance", "le"}
+OF_PROMETHEUS = {"job", "instance", "exported_instance", "le"}
 """Labels that Prometheus or vLLM adds."""
 
 METRIC = re.compile(r"(?:vllm:)?\bpd_(?:sidecar|proxy)_[a-z_]*[a-z]")
@@ -90,15 +93,15 @@ def known_values() -> set[str]:
     return words | {"register_refused", "malformed", "shed", "prefill", "decode", "both"}
 
 
-@pytest.mark.parametrize("page", TASKS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*TASKS, *MONITORING], ids=lambda page: page.name)
 def test_every_metric_of_a_page_exists_with_its_labels(page: Path) -> None:
     metrics, values = reference(), known_values()
     assert len(metrics) > 60, "the tables of the reference pages are not read"
-    text = page.read_text().replace("\\|", "|")
+    text = page.read_text().replace("\\|", "|").replace('\\"', '"')
     for name in set(METRIC.findall(text)) - SETTINGS:
         assert name in metrics, f"{page.name}: {name} is no metric"
     for name, selector in re.findall(rf"({METRIC.pattern})\{{([^}}]*)\}}", text):
-        for label, value in re.findall(r'(\w+)(?:=~|!=|=)"([^"]*)"', selector):
+        for label, value in re.findall(r'(\w+)(?:=~|!~|!=|=)"([^"]*)"', selector):
             assert label in metrics[name].labels, f"{page.name}: {name} has no label {label}"
             for one in value.split("|"):
                 assert one in values, f"{page.name}: {name} is never {label}={one}"
@@ -110,11 +113,12 @@ def test_every_query_groups_by_labels_that_exist() -> None:
     text = (DOCS / "observability.md").read_text()
     queries = re.findall(r"```promql\n(.*?)```", text, flags=re.DOTALL)
     assert len(queries) > 8
-    for query in queries:
-        assert METRIC.search(query), query
-        for group in re.findall(r"\b(?:by|on|group_left) \(([^)]*)\)", query):
-            named = {label.strip() for label in group.split(",")}
-            assert named <= labels, f"{named - labels} in {query}"
+    assert all(METRIC.search(query) for query in queries)
+    of_alerts = {"alertname"}
+    for text in (*queries, *(file.read_text() for file in MONITORING)):
+        groups = re.findall(r"\b(?:by|on|ignoring|group_left) \(([^)]*)\)", text)
+        named = {label.strip() for group in groups for label in group.split(",")} - {""}
+        assert named <= labels | of_alerts, f"{named - labels} in {text[:200]}"
 
 
 def rows(heading: str) -> set[str]:
