@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +31,14 @@ LEG_BOUND_S = 60.0
 def text_of(prompt: list[int]) -> str:
     """Returns the answer to a prompt."""
     return f"sum {sum(prompt)} of {len(prompt)}"
+
+
+def prompt_of(body: dict[str, Any]) -> list[int]:
+    """Returns the token ids of a request. Each byte of a text is a token."""
+    if "messages" in body:
+        return list("\n".join(message["content"] for message in body["messages"]).encode())
+    prompt = body["prompt"]
+    return list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
 
 
 def kv_of(prompt: list[int], chunk: int) -> bytes:
@@ -62,6 +72,8 @@ class KvEngine:
         self.bytes_checked = 0
         self.alone: list[str] = []
         self.wrong: list[str] = []
+        # Pause before each further token of a stream.
+        self.token_s = 0.0
         self._socket = socket
         self._waiting: queue.SimpleQueue[Transfer] = queue.SimpleQueue()
         self._running: dict[str, Transfer] = {}
@@ -74,7 +86,12 @@ class KvEngine:
                 self.answer({"data": [{"id": "m", "object": "model"}]})
 
             def do_POST(self) -> None:
-                self.answer(engine.serve(self.body()))
+                body = self.body()
+                answer = engine.serve(body)
+                if body.get("stream"):
+                    self.stream(engine.events(body, answer))
+                else:
+                    self.answer(answer)
 
         self.url = "http://" + self._stack.enter_context(serving(Handler))
 
@@ -89,7 +106,7 @@ class KvEngine:
         self._stack.close()
 
     def serve(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt: list[int] = body["prompt"]
+        prompt = prompt_of(body)
         params = body.get("kv_transfer_params") or {}
         answer: dict[str, Any] = {
             "id": "a", "object": "text_completion", "created": 1, "model": "m",
@@ -108,6 +125,22 @@ class KvEngine:
             else:
                 self.alone.append(reason or "no bytes")
         return answer
+
+    def events(self, body: dict[str, Any], answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yields the events of a streamed answer with `max_tokens` tokens, the last of which has the usage."""
+        tokens = body["max_tokens"]
+        for token in range(tokens):
+            if token:
+                time.sleep(self.token_s)
+            text = answer["choices"][0]["text"] if token == 0 else " more"
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if token + 1 == tokens else None}
+            choice |= {"delta": {"content": text}} if "messages" in body else {"text": text}
+            if body.get("return_token_ids"):
+                choice["token_ids"] = [7]
+            yield {**answer, "choices": [choice], "usage": None}
+        prompt = answer["usage"]["prompt_tokens"]
+        usage = {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+        yield {**answer, "choices": [], "usage": usage}
 
     def _move(self, transfer: Transfer) -> tuple[str | None, int]:
         self._waiting.put(transfer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,6 +26,18 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
+
+    def stream(self, events: Iterable[dict[str, Any]]) -> None:
+        """Sends server-sent events, and `[DONE]` at the end."""
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        # Without a length, the end of the connection is the end of the answer.
+        self.send_header("connection", "close")
+        self.end_headers()
+        for event in events:
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Does nothing: the proxy has its own log."""

@@ -8,6 +8,7 @@ import sys
 import venv
 from pathlib import Path
 
+import aiohttp
 from harness.sidecar import BINARIES, ROOT
 
 
@@ -64,6 +65,11 @@ def test_one_wheel_has_programs_and_connector(tmp_path: Path) -> None:
     run(programs / "python", "-m", "pip", "install", "--disable-pip-version-check", "-q", wheel, bound_s=300)
     for program in ("sidecar", "pd-proxy", "pd-store"):
         assert run(programs / program, "--version").strip()
+    # The wheel alone lacks aiohttp, which engines have.
+    alone = subprocess.run([programs / "pd-bench", "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert (alone.returncode, "pd-sidecar[bench]" in alone.stderr) == (64, True), alone.stderr
+    engine = Path(aiohttp.__file__).parent.parent
+    assert "--rate" in run("env", f"PYTHONPATH={engine}", programs / "pd-bench", "run", "--help")
     check_pages(tmp_path / "venv" / "share")
     (metadata,) = (tmp_path / "venv").glob("lib/python3*/site-packages/pd_sidecar-*.dist-info")
     check_licences(metadata)
