@@ -34,11 +34,14 @@ REDIS ?= target/redis/redis-server
 # The folder with the programs prometheus and promtool, for the tests of the dashboard and the alerts.
 PROMETHEUS ?= target/prometheus/usr/bin
 export PROMETHEUS := $(abspath $(PROMETHEUS))
+# The folder of scripts/buildah.sh, for the test of the image.
+BUILDAH ?= target/buildah
+export BUILDAH := $(abspath $(BUILDAH))
 
 .DEFAULT_GOAL := help
 # The parts of `make test` run one after the other: each of them uses all cores.
 .NOTPARALLEL:
-.PHONY: help venv venv-lmcache build dist programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle rdma fuzz etcd prometheus bindings clean
+.PHONY: help venv venv-lmcache build dist programs demo test quick prepare unit e2e processes engines models differential entrypoints compat clients no-push lint advisories bench contract gpu-test gpu-bench gpu-bundle rdma fuzz etcd prometheus buildah bindings clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +99,7 @@ e2e: processes engines ## Run all tests with real processes
 # Two at a time. `loadscope` keeps a file's tests in one worker: they share processes and, some of them, fixed ports.
 processes: venv venv-lmcache programs ## Run the tests with real sidecars, proxies, NIXL, LMCache and manifests, but no vLLM engine
 	@$(MAKE) --no-print-directory prometheus || echo "note: no Prometheus: tests of the dashboard and the alerts are skipped"
+	@$(MAKE) --no-print-directory buildah || echo "note: no buildah: the test of the image is skipped"
 	$(PYTHON_IN_VENV) -m pytest tests/processes tests/deploy -n 2 --dist loadscope $(PYTEST)
 
 engines: venv venv-lmcache programs ## Run the tests with real vLLM engines
@@ -167,6 +171,9 @@ etcd: ## Fetch etcd for the tests of the proxy (Debian's package, unpacked below
 
 prometheus: ## Fetch Prometheus for the tests of the dashboard and the alerts (Debian's package, unpacked below target)
 	@test -x $(PROMETHEUS)/promtool || scripts/prometheus.sh target/prometheus
+
+buildah: ## Fetch buildah for the test of the image (Debian's packages, unpacked below target)
+	@test -x $(BUILDAH)/buildah || scripts/buildah.sh target/buildah
 
 bindings: venv ## Generate the bindings of NIXL's C API again
 	PD_WRITE_BINDINGS=1 $(LIBCLANG) $(CARGO) test --locked -p nixl-sys --test bindings
