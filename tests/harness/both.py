@@ -26,11 +26,11 @@ class Both:
 
 
 @contextlib.contextmanager
-def both(flags: Sequence[str] = (), *, lora: str = "lora") -> Iterator[Both]:
-    """Yields both when they serve. `flags` are further flags of all engines; `lora` is the name of the adapter."""
+def both(flags: Sequence[str] = (), *, lora: str | None = "lora") -> Iterator[Both]:
+    """Yields both when they serve. `flags` are further flags of all engines; `lora` names the adapter, if any."""
     LOGS.mkdir(parents=True, exist_ok=True)
     model = write_model(ROOT / "target" / "model")
-    adapters = {lora: write_lora(ROOT / "target" / "lora")}
+    adapters = {lora: write_lora(ROOT / "target" / "lora")} if lora else {}
     plain = Engine(EngineOptions("plain engine", model, lora=adapters, forked=True, more=flags), LOGS)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ended_by_signals())
