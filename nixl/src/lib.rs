@@ -28,6 +28,7 @@ mod inner;
 mod list;
 mod memory;
 mod metadata;
+mod process_end;
 mod remote;
 mod transfer;
 
@@ -36,5 +37,6 @@ pub use error::Error;
 pub use list::{LocalList, RemoteList, Row};
 pub use memory::{Memory, Pinned, Registration};
 pub use nixl_sys::{Library, LoadError, Search};
+pub use process_end::end_process;
 pub use remote::Remote;
 pub use transfer::{Merge, State, Transfer};

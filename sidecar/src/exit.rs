@@ -1,6 +1,6 @@
-//! The exit codes of the process.
+//! The exit codes of the process, and its end.
 
-use std::process::ExitCode;
+use std::io::Write;
 
 /// The exit code of the process, with numbers from `sysexits.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +21,11 @@ pub(crate) enum Exit {
     Temporary = 75,
 }
 
-impl From<Exit> for ExitCode {
-    fn from(exit: Exit) -> Self {
-        Self::from(exit as u8)
+impl Exit {
+    /// Ends this process with this code, without the destructors of the loaded libraries (see [`nixl::end_process`]).
+    pub(crate) fn end_process(self) -> ! {
+        // The reader of standard output may have gone; then nobody misses the rest.
+        drop(std::io::stdout().flush());
+        nixl::end_process(self as u8)
     }
 }

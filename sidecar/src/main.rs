@@ -15,12 +15,10 @@ mod rank;
 mod selftest;
 mod transport;
 
-use std::process::ExitCode;
-
 use crate::cli::{Cli, Command};
 use crate::transport::environment;
 
-fn main() -> ExitCode {
+fn main() {
     let exit = match Cli::of_process() {
         Ok(Command::CheckConfig(check)) => check.run(),
         Ok(Command::Completions(shell)) => cli::complete(&shell),
@@ -35,7 +33,7 @@ fn main() -> ExitCode {
         Ok(Command::Run(args)) => match args.load() {
             Ok((config, report)) => {
                 if let Some(exit) = environment::prepare(&config.ucx) {
-                    return exit.into();
+                    exit.end_process();
                 }
                 logging::start(&config.log_level, config.log_format);
                 report.log();
@@ -45,5 +43,5 @@ fn main() -> ExitCode {
         },
         Err(exit) => exit,
     };
-    exit.into()
+    exit.end_process()
 }

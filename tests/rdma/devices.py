@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,18 @@ def counted() -> Iterator[Sent]:
     sent = Sent()
     yield sent
     sent.rxe0, sent.rxe1 = packets("rxe0") - before[0], packets("rxe1") - before[1]
+
+
+SYSTEMS_LIBIBVERBS = "/usr/lib/x86_64-linux-gnu/libibverbs.so.1"
+
+
+def with_systems_libibverbs(folder: Path) -> dict[str, str]:
+    """Returns the environment in which a program loads the system's libibverbs in the place of the copy in NIXL's
+    wheel, as docs/rdma.md tells users.
+    """
+    (wheel,) = Path(sys.prefix).glob("lib/python3*/site-packages/nixl_cu*.libs/libibverbs-*")
+    (folder / wheel.name).symlink_to(SYSTEMS_LIBIBVERBS)
+    return {"LD_LIBRARY_PATH": str(folder)}
 
 
 def ip(*words: str) -> None:

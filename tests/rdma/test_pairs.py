@@ -17,7 +17,7 @@ from harness.drop_in import forked
 from harness.drop_in.chunks import TOKEN_BYTES, Prompt
 from harness.drop_in.nodes import LmcacheReceiver, LmcacheSender, OurReceiver, OurSender, Receiver, Sender
 
-from rdma.devices import LINK_MS, NO_SENDER_MS, RC, counted, environment, ip
+from rdma.devices import LINK_MS, NO_SENDER_MS, RC, counted, environment, ip, with_systems_libibverbs
 
 _requests = itertools.count(1)
 
@@ -30,10 +30,18 @@ def pair(env: dict[str, str], folder: Path, stack: ExitStack) -> tuple[OurSender
     """Starts two sidecars. RDMA needs no consent to TCP ports of UCX."""
     stack.enter_context(environment(env))
     receiver = OurReceiver(folder, nixl_over_tcp="refused", checksum=True, no_sender_ms=NO_SENDER_MS, park_ms=3000)
-    stack.callback(receiver.stop)
+    stack.callback(stop, receiver)
     sender = OurSender(folder, nixl_over_tcp="refused", checksum=True, link_ms=LINK_MS)
-    stack.callback(sender.stop)
+    stack.callback(stop, sender)
     return sender, receiver
+
+
+def stop(side: OurSender | OurReceiver) -> None:
+    """Stops a sidecar. Its process must end without a fault of the libraries below NIXL."""
+    side.stop()
+    process = side.sidecar.process
+    assert process is not None
+    assert process.exit_code == 0, process.tail()
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +151,10 @@ LMCACHE = [("ours", "sync"), ("ours", "async"), ("sync", "ours"), ("async", "our
 
 
 @pytest.fixture(scope="module")
-def lmcache_over_verbs() -> Iterator[None]:
+def lmcache_over_verbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """LMCache's processes get the system's libibverbs by their environment alone."""
     before = dict(forked.LMCACHE_ENV)
-    forked.LMCACHE_ENV.update(RC, LD_PRELOAD="/usr/lib/x86_64-linux-gnu/libibverbs.so.1")
+    forked.LMCACHE_ENV.update(RC, **with_systems_libibverbs(tmp_path_factory.mktemp("links")))
     yield
     forked.LMCACHE_ENV.clear()
     forked.LMCACHE_ENV.update(before)

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from harness.sidecar import BINARIES
 
-from rdma.devices import RC, UD, counted
+from rdma.devices import RC, SYSTEMS_LIBIBVERBS, UD, counted, with_systems_libibverbs
 
 PROVIDERS = Path("/usr/lib/x86_64-linux-gnu/libibverbs")
 
 
-def selftest(env: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+def selftest(env: dict[str, str], seconds: str = "3") -> subprocess.CompletedProcess[str]:
     # Small chunks: an emulated core moves 20 MB/s, and a request of a selftest must end within 10 s.
     size = ["--chunk-bytes", str(256 << 10), "--buffer-size", str(4 << 20)]
     return subprocess.run(
-        [BINARIES / "sidecar", "selftest", "--seconds", "3", "--transport", "nixl", "--json", *size, *more],
+        [BINARIES / "sidecar", "selftest", "--seconds", seconds, "--transport", "nixl", "--json", *size],
         env={"VIRTUAL_ENV": sys.prefix, "PATH": "/usr/bin:/bin", **env},
         capture_output=True,
         text=True,
@@ -61,20 +61,26 @@ def test_a_missing_provider_is_named_before_ucx_gives_up() -> None:
         assert part in done.stderr, done.stderr
 
 
-def test_the_environment_alone_gives_the_wheel_the_systems_libibverbs() -> None:
-    """The way for other programs that use NIXL's wheel, for example LMCache."""
+def test_a_preloaded_libibverbs_does_no_harm() -> None:
+    """If `LD_PRELOAD` names the library to which the sidecar's link leads, the linker loads it once."""
+    done = selftest({**RC, "LD_PRELOAD": SYSTEMS_LIBIBVERBS}, "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)[0]["wrong"] == 0
+
+
+def test_a_link_gives_other_programs_the_systems_libibverbs(tmp_path: Path) -> None:
+    """The way for other programs that use NIXL's wheel, for example LMCache. The program also ends without a fault."""
     script = (
         "from nixl._api import nixl_agent, nixl_agent_config\n"
         "agent = nixl_agent('a', nixl_agent_config(backends=['UCX']))\n"
         "print(len(agent.get_agent_metadata()))\n"
     )
-    library = "/usr/lib/x86_64-linux-gnu/libibverbs.so.1"
     ends = {}
-    for name, more in {"wheel": {}, "system": {"LD_PRELOAD": library}}.items():
+    for name, more in {"wheel": {}, "system": with_systems_libibverbs(tmp_path)}.items():
         env = {"PATH": "/usr/bin:/bin", **RC, **more}
         ends[name] = subprocess.run(
             [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False
         )
-    print(f"\nwithout LD_PRELOAD: {ends['wheel'].stderr[-1500:]}\nwith: {ends['system'].stdout}")
+    print(f"\nwithout the link: {ends['wheel'].stderr[-1500:]}\nwith: {ends['system'].stdout}")
     assert ends["wheel"].returncode != 0
     assert ends["system"].returncode == 0, ends["system"].stderr

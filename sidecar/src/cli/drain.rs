@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::config;
 use crate::engine::socket;
 use crate::exit::Exit;
+use crate::net::private_folder;
 
 /// Flags of `drain`.
 #[derive(Debug, Args)]
@@ -81,7 +81,7 @@ impl Drain {
         }
         let runtime = std::env::var("XDG_RUNTIME_DIR").ok();
         let uid = rustix::process::geteuid().as_raw();
-        let folder = PathBuf::from(config::socket_folder(runtime.as_deref(), uid));
+        let folder = PathBuf::from(private_folder::of_user(runtime.as_deref(), uid));
         let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
         let mut sockets: Vec<PathBuf> = entries
             .map(|entry| entry.path())

@@ -23,6 +23,7 @@ use super::mooncake::Mooncake;
 use super::value::{Device, HostPort, MAX_RANKS, Role, Value};
 use super::{Config, Listen};
 use crate::memory::cuda::Which;
+use crate::net::private_folder;
 
 /// Returns the configuration, or `None` if a necessary value is missing or wrong. Mistakes are added to
 /// `layers`. The result may be used only if there is no mistake.
@@ -289,7 +290,10 @@ fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -
         .find(|(name, _)| name == "XDG_RUNTIME_DIR")
         .map(|(_, directory)| directory.as_str());
     let path = computed(layers, "socket", given, || {
-        format!("{}/{role}.sock", socket_folder(runtime, inputs.uid))
+        format!(
+            "{}/{role}.sock",
+            private_folder::of_user(runtime, inputs.uid)
+        )
     });
     if let Some(given) = given {
         if !path.starts_with('/') {
@@ -305,16 +309,6 @@ fn socket(layers: &mut Layers, inputs: &Inputs, sidecar: &Sidecar, role: Role) -
         }
     }
     PathBuf::from(path)
-}
-
-/// Returns the default folder of sockets. `runtime` is the value of `XDG_RUNTIME_DIR`.
-pub(crate) fn socket_folder(runtime: Option<&str>, uid: u32) -> String {
-    match runtime {
-        Some(directory) if !directory.is_empty() => {
-            format!("{}/pd-sidecar", directory.trim_end_matches('/'))
-        }
-        _ => format!("/tmp/pd-sidecar-{uid}"),
-    }
 }
 
 fn computed<T: Value>(

@@ -32,7 +32,6 @@ use common::identity::Identity;
 use discovery::Metadata;
 
 pub(crate) use self::channels::Channel;
-pub(crate) use self::checks::socket_folder;
 pub(crate) use self::layers::{FILE_VARIABLE, Inputs};
 #[cfg(test)]
 pub(crate) use self::reference::flags;

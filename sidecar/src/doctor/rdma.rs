@@ -3,8 +3,9 @@
 use super::finding::{Results, kinds};
 use super::subject::{Host, Subject};
 use crate::transport::environment::rdma_view;
+use crate::transport::rdma::Settings;
 use crate::transport::rdma::devices::{Device, all};
-use crate::transport::rdma::{PRELOAD, Settings};
+use crate::transport::rdma::replacement::LIBRARY_PATH;
 use crate::transport::ucx::{DEVICES, TLS};
 
 kinds! {
@@ -70,8 +71,7 @@ pub(super) fn look(subject: &Subject<'_>, results: &mut Results) {
     let settings = Settings {
         tls: variable(TLS),
         net_devices: variable(DEVICES),
-        preloaded: variable(PRELOAD),
-        library_path: variable("LD_LIBRARY_PATH"),
+        library_path: variable(LIBRARY_PATH),
     };
     for device in rdma_view(&host.path("/"), settings).without_any_provider() {
         let seen = format!(

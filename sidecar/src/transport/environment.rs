@@ -8,14 +8,16 @@ use std::path::Path;
 use nix::ifaddrs::getifaddrs;
 
 use super::nixl;
+use super::rdma::replacement::LIBRARY_PATH;
 use super::rdma::{self, Settings, View, devices::Device};
 use super::ucx::{DEVICES, OWN_DEVICES, TLS, Ucx, address};
 use crate::exit::Exit;
+use crate::net::private_folder;
 
 /// Restarts this process with UCX's variables that the environment does not set, and with the system's libibverbs if
 /// only that library knows an RDMA device. The process may have threads that read the environment, so the variables must
-/// not change in the running process; and the dynamic linker reads `LD_PRELOAD` only at the start. Returns `None` if no
-/// variable is missing, and an exit code if the restart fails. Does not return if the restart succeeds.
+/// not change in the running process; and the dynamic linker reads `LD_LIBRARY_PATH` only at the start. Returns `None` if
+/// no variable is missing, and an exit code if the restart fails. Does not return if the restart succeeds.
 pub(crate) fn prepare(ucx: &Ucx) -> Option<Exit> {
     let mut wanted = ucx.variables.clone();
     if let Some(host) = ucx.tcp_host.as_ref().filter(|_| !ucx.devices_given) {
@@ -59,8 +61,7 @@ pub(crate) fn prepare(ucx: &Ucx) -> Option<Exit> {
                 _ => {}
             }
         }
-        let libraries = rdma::preload(Path::new("/"), nixl::first_library(), settings);
-        missing.extend(libraries.map(|libraries| (rdma::PRELOAD, libraries)));
+        missing.extend(systems_libibverbs(settings));
     }
     if missing.is_empty() {
         return None;
@@ -73,6 +74,41 @@ pub(crate) fn prepare(ucx: &Ucx) -> Option<Exit> {
     eprintln!("error: cannot restart this program with UCX's variables: {error}");
     Some(Exit::Unavailable)
 }
+
+/// Returns the variables with which NIXL loads the system's libibverbs in the place of its own; empty if NIXL does not
+/// need it, or if it cannot be had.
+fn systems_libibverbs(settings: Settings) -> Vec<(&'static str, String)> {
+    let before = settings.library_path.clone();
+    let Some(replacement) = rdma_view(Path::new("/"), settings).replacement() else {
+        return Vec::new();
+    };
+    let runtime = std::env::var("XDG_RUNTIME_DIR").ok();
+    let uid = rustix::process::geteuid().as_raw();
+    let folder = private_folder::of_user(runtime.as_deref(), uid) + "/libraries";
+    let library = replacement.library.display();
+    // The dynamic linker removes LD_LIBRARY_PATH from a program with capabilities of its own. Without this check such a
+    // program would restart without end.
+    if std::env::var(LINKS).is_ok_and(|earlier| earlier == folder) {
+        eprintln!(
+            "warning: NIXL needs {library}, but {LIBRARY_PATH} has no effect: the dynamic linker ignores it for a program \
+             that has capabilities or the set-user-ID bit"
+        );
+        return Vec::new();
+    }
+    if let Err(error) = replacement.make(Path::new(&folder)) {
+        eprintln!("warning: NIXL needs {library}, but the link to it cannot be made: {error}");
+        return Vec::new();
+    }
+    let path = if before.is_empty() {
+        folder.clone()
+    } else {
+        format!("{folder}:{before}")
+    };
+    vec![(LIBRARY_PATH, path), (LINKS, folder)]
+}
+
+/// The variable with the folder of links with which this process restarted itself.
+const LINKS: &str = "PD_LIBRARY_LINKS";
 
 /// Returns the RDMA devices below `root` as the NIXL of this process sees them. `root` is `/` or a test's own folder.
 pub(crate) fn rdma_view(root: &Path, settings: Settings) -> View {

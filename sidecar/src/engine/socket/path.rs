@@ -1,13 +1,14 @@
 //! The socket's file, and the check of the users that may connect to it.
 
-use std::fs::{DirBuilder, Metadata, Permissions};
+use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 use tokio::net::{UnixListener, UnixStream};
 
 use super::ListenError;
+use crate::net::private_folder::{self, Risk};
 
 /// Binds the socket so that only this user may connect, and replaces the file of a dead process.
 pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
@@ -31,20 +32,15 @@ pub(super) fn bind(path: &Path) -> Result<UnixListener, ListenError> {
 }
 
 /// Makes the socket's directory, for this user only, if it does not exist. Checks that no other user can
-/// replace files in the directory. The default directory has a predictable name in /tmp, so another user of
-/// the host could make a directory with this name first.
+/// replace files in the directory.
 ///
 /// # Errors
 /// The directory cannot be made, or another user can write into it.
 pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
-    let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) else {
-        return Ok(());
-    };
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)?;
-    check_directory(directory)
+    match path.parent().filter(|d| !d.as_os_str().is_empty()) {
+        Some(directory) => private_folder::make(directory, &RISK),
+        None => Ok(()),
+    }
 }
 
 /// Checks that no other user can replace files in a directory.
@@ -52,40 +48,13 @@ pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
 /// # Errors
 /// The directory cannot be read, or another user can write into it.
 pub(crate) fn check_directory(directory: &Path) -> io::Result<()> {
-    let mut found = std::fs::symlink_metadata(directory)?;
-    if found.is_symlink() {
-        check_owner(directory, &found)?;
-        found = std::fs::metadata(directory)?;
-    }
-    check_owner(directory, &found)?;
-    // The sticky bit of root's /tmp keeps users from replacing the files of others.
-    let sticky = found.mode() & 0o1000 != 0 && found.uid() == 0;
-    if found.mode() & 0o022 != 0 && !sticky {
-        return Err(not_ours(directory, &found));
-    }
-    Ok(())
+    private_folder::check(directory, &RISK)
 }
 
-fn check_owner(directory: &Path, found: &Metadata) -> io::Result<()> {
-    if found.uid() == 0 || found.uid() == rustix::process::geteuid().as_raw() {
-        Ok(())
-    } else {
-        Err(not_ours(directory, found))
-    }
-}
-
-fn not_ours(directory: &Path, found: &Metadata) -> io::Error {
-    let own = rustix::process::geteuid().as_raw();
-    let text = format!(
-        "{} belongs to user {} and has mode {:04o}: another user could put a socket of their own there, and read and \
-         change KV. Make it user {own}'s own (chown, chmod 0700), or name a socket in another folder: \
-         PD_SIDECAR_SOCKET for the engine and the sidecar",
-        directory.display(),
-        found.uid(),
-        found.mode() & 0o7777,
-    );
-    io::Error::new(io::ErrorKind::PermissionDenied, text)
-}
+const RISK: Risk = Risk {
+    danger: "put a socket of their own there, and read and change KV",
+    alternative: "name a socket in another folder: PD_SIDECAR_SOCKET for the engine and the sidecar",
+};
 
 fn is_socket(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket())

@@ -4,15 +4,16 @@
 //! ([`devices`]) with the provider libraries of the libibverbs that NIXL loads ([`verbs`]).
 //!
 //! NIXL's wheel brings a libibverbs that knows Mellanox cards only. If a device needs another provider and the system
-//! has it, the sidecar starts itself again with the system's libibverbs in `LD_PRELOAD`. The symbols of this library then
-//! take the place of the symbols of the wheel's library.
+//! has it, the sidecar starts itself again with the system's libibverbs in the place of the wheel's ([`replacement`]).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 pub(crate) mod devices;
+pub(crate) mod replacement;
 mod verbs;
 
 use devices::Device;
+use replacement::{LIBRARY_PATH, Replacement};
 use verbs::Verbs;
 
 /// The settings of the environment that decide which RDMA devices UCX may use.
@@ -22,8 +23,6 @@ pub(crate) struct Settings {
     pub(crate) tls: String,
     /// The value of `UCX_NET_DEVICES`; empty if it is not set.
     pub(crate) net_devices: String,
-    /// The value of `LD_PRELOAD`; empty if it is not set.
-    pub(crate) preloaded: String,
     /// The value of `LD_LIBRARY_PATH`; empty if it is not set.
     pub(crate) library_path: String,
 }
@@ -35,8 +34,7 @@ impl Settings {
         Self {
             tls: of(super::ucx::TLS),
             net_devices: of(super::ucx::DEVICES),
-            preloaded: of(PRELOAD),
-            library_path: of("LD_LIBRARY_PATH"),
+            library_path: of(LIBRARY_PATH),
         }
     }
 }
@@ -62,21 +60,24 @@ impl View {
         Self {
             devices: devices::all(root),
             has_device_files: files.iter().any(|name| name.starts_with("uverbs")),
-            wheel: Verbs::of_wheel(nixl),
+            wheel: Verbs::of_wheel(root, nixl, &settings.library_path),
             system: Verbs::of_system(root, &settings.library_path),
             settings,
         }
     }
 
-    /// Returns the system's libibverbs if it must be loaded in place of the wheel's: a device that UCX may use needs a
-    /// provider that only the system has. `None` if there is nothing to gain, or if it is loaded already.
-    pub(crate) fn to_preload(&self) -> Option<&Path> {
-        let (Some(wheel), Some(system)) = (&self.wheel, &self.system) else {
+    /// Returns the replacement of the wheel's libibverbs if NIXL needs it: only the system has the provider of a device
+    /// that UCX may use. `None` if there is nothing to gain, or if the replacement is in effect already.
+    pub(crate) fn replacement(&self) -> Option<Replacement> {
+        let (Some(wheel), Some(system)) = (&self.wheel, self.fitting_system()) else {
             return None;
         };
-        let gains = |device: &&Device| !wheel.has(&device.provider) && system.has(&device.provider);
-        let found = !self.is_preloaded() && self.permitted().iter().any(gains);
-        found.then_some(&*system.library)
+        let gains = |device: &Device| !wheel.has(&device.provider) && system.has(&device.provider);
+        self.permitted().into_iter().find(|device| gains(device))?;
+        Some(Replacement {
+            name: wheel.library.file_name()?.to_owned(),
+            library: system.library.clone(),
+        })
     }
 
     /// Returns true if NIXL can use one of the devices.
@@ -90,8 +91,7 @@ impl View {
     /// the sidecar would start again, has the provider.
     pub(crate) fn without_any_provider(&self) -> Vec<&Device> {
         let system = |device: &Device| {
-            self.system
-                .as_ref()
+            self.fitting_system()
                 .is_some_and(|system| system.has(&device.provider))
         };
         let mut devices = self.permitted();
@@ -153,14 +153,25 @@ impl View {
              cards: only their vendor's package) and restart"
         );
         let lacks = match (&self.wheel, &self.system) {
-            (Some(wheel), _) if !self.is_preloaded() => format!(
+            (Some(wheel), Some(system)) if system.has(provider) => {
+                let (wheel, system_library) = (wheel.library.display(), system.library.display());
+                let why = match self.fitting_system() {
+                    Some(_) => "is not in its place: the first lines of this process say why",
+                    None => "is too old to take its place: install a newer rdma-core",
+                };
+                return format!(
+                    "NIXL cannot use the RDMA device {device}: the libibverbs of NIXL's wheel ({wheel}) has no provider \
+                     for it, and the system's libibverbs ({system_library}), which has one, {why}"
+                );
+            }
+            (Some(wheel), _) => format!(
                 "the libibverbs of NIXL's wheel ({}) has no provider for it, and neither has this system",
                 wheel.library.display()
             ),
-            (_, Some(system)) => {
+            (None, Some(system)) => {
                 format!("{} has no provider for it", system.library.display())
             }
-            (_, None) => "this system has no libibverbs.so.1".to_owned(),
+            (None, None) => "this system has no libibverbs.so.1".to_owned(),
         };
         format!("NIXL cannot use the RDMA device {device}: {lacks}: {cure}")
     }
@@ -168,15 +179,17 @@ impl View {
     /// Returns true if the libibverbs that NIXL uses has the device's provider. If this module does not find that
     /// libibverbs, it assumes so: a system may have it in a folder of its own.
     fn has_provider(&self, device: &Device) -> bool {
-        match (&self.wheel, &self.system) {
-            (Some(wheel), _) if !self.is_preloaded() => wheel.has(&device.provider),
-            (_, Some(system)) => system.has(&device.provider),
-            (_, None) => true,
-        }
+        let used = self.wheel.as_ref().or(self.system.as_ref());
+        used.is_none_or(|verbs| verbs.has(&device.provider))
     }
 
-    fn is_preloaded(&self) -> bool {
-        self.settings.preloaded.contains("libibverbs")
+    /// Returns the system's libibverbs if it can take the place of the wheel's: it has all functions of the wheel's.
+    fn fitting_system(&self) -> Option<&Verbs> {
+        let minor = |verbs: &Option<Verbs>| verbs.as_ref().and_then(|verbs| verbs.minor);
+        match (minor(&self.wheel), minor(&self.system)) {
+            (Some(wheel), Some(system)) if system < wheel => None,
+            _ => self.system.as_ref(),
+        }
     }
 
     /// Returns the devices that UCX may use.
@@ -216,18 +229,6 @@ impl View {
     }
 }
 
-/// Returns the value of `LD_PRELOAD` with which this program must start again, so that NIXL can use the RDMA devices;
-/// `None` if the environment is right. `nixl` is the NIXL library that this process will load.
-pub(crate) fn preload(root: &Path, nixl: Option<PathBuf>, settings: Settings) -> Option<String> {
-    let earlier = settings.preloaded.clone();
-    let view = View::new(root, &nixl?, settings);
-    let library = view.to_preload()?.to_str()?;
-    Some(match &*earlier {
-        "" => library.to_owned(),
-        earlier => format!("{earlier}:{library}"),
-    })
-}
-
 /// Returns true if UCX may use RDMA under this value of `UCX_TLS`.
 fn permits(tls: &str) -> bool {
     match tls.trim().strip_prefix('^') {
@@ -245,12 +246,10 @@ fn asks(tls: &str) -> bool {
     !tls.trim().starts_with('^') && tls.split(',').any(needs_rdma)
 }
 
-/// The dynamic linker's list of libraries whose symbols have precedence.
-pub(crate) const PRELOAD: &str = "LD_PRELOAD";
-
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::symlink;
 
     use super::devices::tests::add;
     use super::verbs::tests::{WHEEL, touch};
@@ -288,7 +287,7 @@ mod tests {
         let root = host();
         let seen = view(&root, settings("rc_verbs,self", "rxe0:1"));
         assert!(!seen.is_usable());
-        assert_eq!(seen.to_preload(), None, "nothing to load");
+        assert_eq!(seen.replacement(), None, "nothing can replace it");
         let texts = seen.complaints();
         assert_eq!(texts.len(), 1, "{texts:?}");
         for part in [
@@ -306,43 +305,63 @@ mod tests {
     }
 
     #[test]
-    fn the_systems_library_is_loaded_if_only_it_has_the_provider() {
+    fn the_systems_library_replaces_the_wheels_if_only_it_has_the_provider() {
         let root = host();
         touch(root.path(), SYSTEM);
-        let library = root.path().join(SYSTEM[0]);
-        let nixl = Some(root.path().join(WHEEL[0]));
-        let check = |tls: &str, net_devices: &str, expect: Option<String>| {
-            let got = preload(root.path(), nixl.clone(), settings(tls, net_devices));
-            assert_eq!(got, expect, "{tls} {net_devices}");
+        let check = |tls: &str, net_devices: &str, expect: Option<&Replacement>| {
+            let got = view(&root, settings(tls, net_devices)).replacement();
+            assert_eq!(got.as_ref(), expect, "{tls} {net_devices}");
         };
-        let wanted = Some(library.display().to_string());
+        let wanted = Replacement {
+            name: "libibverbs-1de1263b.so.1.14.48.0".into(),
+            library: root.path().join(SYSTEM[0]),
+        };
         for tls in ["", "^tcp", "all", "ib,sm,self,cuda", "self,rc_verbs:aux"] {
-            check(tls, "", wanted.clone());
+            check(tls, "", Some(&wanted));
         }
         check("rc_verbs", "mlx5_0:1", None);
-        check("rc_verbs", "mlx5_0:1,rxe0:1", wanted.clone());
+        check("rc_verbs", "mlx5_0:1,rxe0:1", Some(&wanted));
         for tls in ["tcp", "sm,self", "^ib"] {
             check(tls, "", None);
         }
-        let earlier = Settings {
-            preloaded: "/lib/malloc.so".to_owned(),
-            ..settings("", "")
-        };
-        let both = format!("/lib/malloc.so:{}", library.display());
-        assert_eq!(
-            preload(root.path(), nixl.clone(), earlier),
-            Some(both.clone())
-        );
+        // Without the restart NIXL cannot use the device.
+        let seen = view(&root, settings("rc", "rxe0:1"));
+        assert!(!seen.is_usable());
+        let texts = seen.complaints();
+        assert!(texts[0].contains("is not in its place"), "{texts:?}");
         // The restarted process has nothing more to do.
+        wanted.make(&root.path().join("links")).unwrap();
         let restarted = Settings {
-            preloaded: both,
+            library_path: "/usr/local/lib:/links".to_owned(),
             ..settings("rc", "rxe0:1")
         };
-        assert_eq!(preload(root.path(), nixl, restarted.clone()), None);
         let seen = view(&root, restarted);
+        assert_eq!(seen.replacement(), None);
         assert!(seen.is_usable());
         assert_eq!(seen.complaints(), [""; 0]);
-        assert_eq!(preload(root.path(), None, settings("", "")), None);
+    }
+
+    /// A library that lacks a function of the wheel's would keep UCX from loading its part for RDMA.
+    #[test]
+    fn an_older_system_library_does_not_replace_the_wheels() {
+        let root = host();
+        touch(root.path(), &SYSTEM[1..]);
+        let folder = root.path().join("usr/lib/x86_64-linux-gnu");
+        for (version, fits) in [
+            ("1.8.28.0", false),
+            ("1.14.39.0", true),
+            ("1.15.55.0", true),
+        ] {
+            let file = format!("libibverbs.so.{version}");
+            fs::write(folder.join(&file), "").unwrap();
+            symlink(&file, folder.join("libibverbs.so.1")).unwrap();
+            let seen = view(&root, settings("rc", "rxe0:1"));
+            assert_eq!(seen.replacement().is_some(), fits, "{version}");
+            assert_eq!(seen.without_any_provider().is_empty(), fits, "{version}");
+            let texts = seen.complaints();
+            assert_eq!(texts[0].contains("too old"), !fits, "{texts:?}");
+            fs::remove_file(folder.join("libibverbs.so.1")).unwrap();
+        }
     }
 
     #[test]

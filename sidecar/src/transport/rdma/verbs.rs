@@ -13,14 +13,18 @@ use super::devices::names;
 pub(crate) struct Verbs {
     /// The library's file.
     pub(crate) library: PathBuf,
+    /// The minor number of the interface: 14 for `libibverbs.so.1.14.44.0`; `None` if the file's name has no such
+    /// number. A library can take the place of another library with the same or a lower number.
+    pub(crate) minor: Option<u32>,
     /// The folders that contain its providers.
     folders: Vec<PathBuf>,
 }
 
 impl Verbs {
     /// Returns the libibverbs of the wheel that contains the NIXL library `nixl`; `None` if that library is not in a
-    /// wheel, or if the wheel's libibverbs is only a link to the system's.
-    pub(crate) fn of_wheel(nixl: &Path) -> Option<Self> {
+    /// wheel, or if another library has taken the place of the wheel's libibverbs: the wheel has only a link to it, or
+    /// a folder of `first`, which is the value of `LD_LIBRARY_PATH`, has a library of the same name.
+    pub(crate) fn of_wheel(root: &Path, nixl: &Path, first: &str) -> Option<Self> {
         let folder = nixl.parent()?;
         let wheel = |name: &str| {
             name.trim_start_matches('.')
@@ -44,10 +48,13 @@ impl Verbs {
         });
         let (library, folder) = found.into_iter().next()?;
         let file = library.canonicalize().ok()?;
-        if file.parent() != folder.canonicalize().ok().as_deref() {
+        let name = library.file_name()?;
+        let is_replaced = searched_first(root, first).any(|folder| folder.join(name).exists());
+        if is_replaced || file.parent() != folder.canonicalize().ok().as_deref() {
             return None;
         }
         Some(Self {
+            minor: minor(&file),
             library,
             folders: vec![folder],
         })
@@ -56,11 +63,8 @@ impl Verbs {
     /// Returns the libibverbs that the dynamic linker finds below `root`, which is `/` or a test's own folder.
     /// `first` is the value of `LD_LIBRARY_PATH`.
     pub(crate) fn of_system(root: &Path, first: &str) -> Option<Self> {
-        let first = first.split(':').filter(|folder| folder.starts_with('/'));
-        let folders: Vec<_> = first
-            .chain(SYSTEM.iter().copied())
-            .map(|folder| root.join(folder.trim_start_matches('/')))
-            .collect();
+        let system = SYSTEM.iter().map(|folder| below(root, folder));
+        let folders: Vec<_> = searched_first(root, first).chain(system).collect();
         let library = folders
             .iter()
             .map(|folder| folder.join(SONAME))
@@ -69,7 +73,12 @@ impl Verbs {
         // asks the dynamic linker.
         let beside = library.parent()?.join("libibverbs");
         let folders = [beside].into_iter().chain(folders).collect();
-        Some(Self { library, folders })
+        let minor = library.canonicalize().ok().and_then(|file| minor(&file));
+        Some(Self {
+            library,
+            minor,
+            folders,
+        })
     }
 
     /// Returns true if a folder contains this provider.
@@ -80,6 +89,23 @@ impl Verbs {
             .iter()
             .any(|folder| names(folder).iter().any(is_provider))
     }
+}
+
+/// Returns the folders of `LD_LIBRARY_PATH`.
+fn searched_first(root: &Path, path: &str) -> impl Iterator<Item = PathBuf> {
+    path.split(':')
+        .filter(|folder| folder.starts_with('/'))
+        .map(|folder| below(root, folder))
+}
+
+fn below(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}
+
+/// Returns the minor number in the name of a library's file.
+fn minor(file: &Path) -> Option<u32> {
+    let (_, version) = file.file_name()?.to_str()?.split_once(".so.")?;
+    version.split('.').nth(1)?.parse().ok()
 }
 
 /// The name under which programs load libibverbs.
@@ -121,23 +147,28 @@ pub(super) mod tests {
         "venv/other.libs/librxe-rdmav34.so",
     ];
 
+    fn of_wheel(root: &Path, nixl: &str) -> Option<Verbs> {
+        Verbs::of_wheel(root, &root.join(nixl), "")
+    }
+
     #[test]
     fn the_wheel_has_its_own_library_and_providers() {
         let root = tempfile::tempdir().unwrap();
         touch(root.path(), WHEEL);
-        let verbs = Verbs::of_wheel(&root.path().join(WHEEL[0])).unwrap();
+        let verbs = of_wheel(root.path(), WHEEL[0]).unwrap();
         assert_eq!(verbs.library, root.path().join(WHEEL[1]));
         assert!(verbs.has("mlx5") && !verbs.has("mlx") && !verbs.has("rxe"));
+        assert_eq!(verbs.minor, Some(14));
         // NIXL's library was built on this host, or the linker finds it.
-        assert_eq!(Verbs::of_wheel(Path::new("libnixl_capi.so")), None);
         assert_eq!(
-            Verbs::of_wheel(&root.path().join("opt/lib/libnixl_capi.so")),
+            Verbs::of_wheel(root.path(), Path::new("libnixl_capi.so"), ""),
             None
         );
+        assert_eq!(of_wheel(root.path(), "opt/lib/libnixl_capi.so"), None);
     }
 
     #[test]
-    fn a_wheel_that_links_to_the_systems_library_has_none() {
+    fn a_wheel_whose_library_is_replaced_has_none() {
         let root = tempfile::tempdir().unwrap();
         touch(
             root.path(),
@@ -145,7 +176,18 @@ pub(super) mod tests {
         );
         let link = root.path().join(WHEEL[1]);
         symlink(root.path().join("usr/lib64/libibverbs.so.1"), link).unwrap();
-        assert_eq!(Verbs::of_wheel(&root.path().join(WHEEL[0])), None);
+        assert_eq!(of_wheel(root.path(), WHEEL[0]), None);
+
+        let root = tempfile::tempdir().unwrap();
+        let name = "libibverbs-1de1263b.so.1.14.48.0";
+        touch(root.path(), WHEEL);
+        touch(root.path(), &[&format!("links/{name}"), "other/notes"]);
+        let nixl = root.path().join(WHEEL[0]);
+        let of_wheel = |first| Verbs::of_wheel(root.path(), &nixl, first);
+        assert_eq!(of_wheel("/other:/links"), None);
+        for first in ["", "/other", "links", "/none"] {
+            assert!(of_wheel(first).is_some(), "{first}");
+        }
     }
 
     #[test]
@@ -167,6 +209,7 @@ pub(super) mod tests {
                 .ends_with("usr/lib/x86_64-linux-gnu/libibverbs.so.1")
         );
         assert!(verbs.has("rxe") && !verbs.has("erdma"));
+        assert_eq!(verbs.minor, None);
         let verbs = Verbs::of_system(root.path(), "relative:/vendor/lib").unwrap();
         assert!(verbs.has("rxe") && verbs.has("erdma"));
     }
