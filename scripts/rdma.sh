@@ -16,9 +16,13 @@ skip() {
 
 [ "$(uname -s) $(uname -m)" = "Linux x86_64" ] || skip "this machine is $(uname -s) $(uname -m), and the packages are for Linux x86_64"
 command -v apt-get >/dev/null || skip "the kernel and QEMU come as Debian packages, and this machine has no apt-get"
+memory=$(awk '/MemAvailable/ {print int($2 / 1024)}' /proc/meminfo)
+[ "$memory" -ge 6000 ] || skip "the machine takes 5 GiB of memory, and only $memory MiB are available"
 mkdir -p "$folder"
 cd "$folder"
 [ ! -e ready ] || exit 0
+disk=$(df --output=avail -m . | tail -1)
+[ "$disk" -ge 2000 ] || skip "the packages take 2 GB on the disk while they are unpacked, and only $disk MB are free"
 
 kernel=$(apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -1)
 [ -n "$kernel" ] || skip "apt knows no linux-image-amd64: run apt-get update on a Debian machine"
