@@ -9,6 +9,9 @@ SHEAR = $(abspath $(VENV))/bin/cargo-shear --locked --deny-warnings
 # The variable's name must not begin with LMCACHE_: the programs read such variables as settings.
 PD_TEST_LMCACHE_VENV ?= .venv-lmcache
 export PD_TEST_LMCACHE_VENV := $(abspath $(PD_TEST_LMCACHE_VENV))
+# The environment with the S3 server of the store's tests.
+PD_TEST_S3_VENV ?= .venv-s3
+export PD_TEST_S3_VENV := $(abspath $(PD_TEST_S3_VENV))
 CARGO ?= cargo
 # Bindgen, which the test of the bindings runs, needs libclang. The environment contains it.
 LIBCLANG = LIBCLANG_PATH=$$($(PYTHON_IN_VENV) -c 'import clang; print(clang.__path__[0])')/native
@@ -53,6 +56,9 @@ venv: ## Make the Python environment with vLLM (CPU) and NIXL, once
 venv-lmcache: venv ## Make the environment with real LMCache, once
 	@scripts/venv-lmcache.sh "$(PD_TEST_LMCACHE_VENV)" "$(VENV)"
 
+venv-s3: venv ## Make the environment with the S3 server of the tests, once
+	@scripts/venv-s3.sh "$(PD_TEST_S3_VENV)" "$(PYTHON_IN_VENV)" || echo "note: no S3 server: tests of the store above it are skipped"
+
 build: ## Build the release binaries: sidecar, pd-proxy and pd-store
 	$(CARGO) build --release --locked --bins
 
@@ -66,6 +72,9 @@ programs: ## Build the programs and the unit tests, as the tests use them
 
 demo: venv build ## Run some prompts through two real vLLM, two sidecars and the proxy (KEEP=1 leaves them running)
 	@$(PYTHON_IN_VENV) scripts/demo.py $(if $(filter 1,$(KEEP)),--keep)
+
+demo-store: venv build ## Run a conversation through two real vLLM, the proxy and a store, and lose KV on the way
+	@$(PYTHON_IN_VENV) scripts/demo_store.py
 
 test: prepare lint unit e2e ## Run all checks: lint, unit tests, tests with real engines and real NIXL
 
@@ -82,7 +91,7 @@ quick: venv ## Run the checks that take half a minute: format, clippy, the proto
 
 # The environments need the network and the disk, the build needs the cores: both run at the same time.
 prepare: ## Make the environments and the programs that the tests need
-	@$(MAKE) --no-print-directory venv-lmcache & environments=$$!; \
+	@$(MAKE) --no-print-directory venv-lmcache venv-s3 & environments=$$!; \
 	$(MAKE) --no-print-directory programs; built=$$?; \
 	wait $$environments && exit $$built
 
@@ -97,7 +106,7 @@ unit: venv ## Run the tests without engines: Rust (with the environment's NIXL a
 e2e: processes engines ## Run all tests with real processes
 
 # Two at a time. `loadscope` keeps a file's tests in one worker: they share processes and, some of them, fixed ports.
-processes: venv venv-lmcache programs ## Run the tests with real sidecars, proxies, NIXL, LMCache and manifests, but no vLLM engine
+processes: venv venv-lmcache venv-s3 programs ## Run the tests with real sidecars, proxies, NIXL, LMCache and manifests, but no vLLM engine
 	@$(MAKE) --no-print-directory prometheus || echo "note: no Prometheus: tests of the dashboard and the alerts are skipped"
 	@$(MAKE) --no-print-directory buildah || echo "note: no buildah: the test of the image is skipped"
 	$(PYTHON_IN_VENV) -m pytest tests/processes tests/deploy -n 2 --dist loadscope $(PYTEST)
@@ -180,4 +189,4 @@ bindings: venv ## Generate the bindings of NIXL's C API again
 
 clean: ## Remove the build outputs and the Python environments
 	$(CARGO) clean
-	rm -rf "$(VENV)" "$(PD_TEST_LMCACHE_VENV)" .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf "$(VENV)" "$(PD_TEST_LMCACHE_VENV)" "$(PD_TEST_S3_VENV)" .cache .pytest_cache .ruff_cache .mypy_cache

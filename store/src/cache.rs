@@ -1,4 +1,4 @@
-//! The values: in memory, and on disk below it.
+//! The values: in memory, on disk below it, and in a remote store below both.
 //!
 //! The cache crate decides what stays (recency and frequency), writes each value to disk when it is put, checks the
 //! checksum of each value that it reads from disk, and finds the values again after a restart. A value that was torn by
@@ -16,12 +16,14 @@ use foyer::{
 use tracing::{info, warn};
 
 use crate::entry::{About, Entry, Key};
+use crate::remote::{NoValue, Remote};
 
 /// The values of the store. A clone is a second handle to the same values.
 #[derive(Clone, Debug)]
 pub struct Cache {
     inner: HybridCache<Key, Entry>,
     ttl: Option<Duration>,
+    remote: Option<Remote>,
 }
 
 /// The sizes of a cache.
@@ -50,8 +52,19 @@ pub struct Disk {
 #[derive(Debug)]
 pub struct Found {
     entry: HybridCacheEntry<Key, Entry>,
-    /// True if the value was read from disk.
-    pub from_disk: bool,
+    /// The tier in which the value was found.
+    pub tier: Tier,
+}
+
+/// A place in which a value can be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// Memory of this process.
+    Memory,
+    /// The disk of this store.
+    Disk,
+    /// The remote store.
+    Remote,
 }
 
 /// Result of a read that is not a value.
@@ -105,12 +118,25 @@ pub enum OpenError {
     Cache(#[from] foyer::Error),
 }
 
-impl Cache {
-    /// Opens the cache, and finds the values again that lie on disk.
+impl Sizes {
+    /// Checks that the disk part can be as large as it is given, and makes its folder.
     ///
     /// # Errors
     /// See [`OpenError`].
-    pub async fn open(sizes: &Sizes) -> Result<Self, OpenError> {
+    pub fn check(&self) -> Result<(), OpenError> {
+        self.disk
+            .as_ref()
+            .map_or(Ok(()), |disk| check(disk, self.max_value))
+    }
+}
+
+impl Cache {
+    /// Opens the cache, and finds the values again that lie on disk. With a `remote`, values are also put there, and
+    /// [`Cache::fetch`] reads them.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub async fn open(sizes: &Sizes, remote: Option<Remote>) -> Result<Self, OpenError> {
         let builder = HybridCacheBuilder::new()
             .with_name("pd-store")
             // A value is on disk soon after it is put, and not only when memory is full. Otherwise the end of the
@@ -126,7 +152,7 @@ impl Cache {
             None => builder,
             Some(disk) => {
                 let block = block_bytes(sizes.max_value);
-                check(disk, sizes.max_value)?;
+                sizes.check()?;
                 let device = FsDeviceBuilder::new(&disk.folder)
                     .with_capacity(disk.bytes / block * block)
                     .build()?;
@@ -153,15 +179,25 @@ impl Cache {
         Ok(Self {
             inner,
             ttl: sizes.ttl,
+            remote,
         })
     }
 
     /// Keeps a value. An older value of the same key is replaced.
     pub fn put(&self, key: Key, about: About, body: Bytes) {
-        self.inner.insert(key, Entry::new(about, body, self.ttl));
+        let entry = Entry::new(about, body, self.ttl);
+        if let Some(remote) = &self.remote {
+            remote.put(key.clone(), entry.clone());
+        }
+        self.inner.insert(key, entry);
     }
 
-    /// Finds a value. A value on disk is read into memory, so that a look-up which finds a value also proves that the
+    /// Returns the remote store.
+    pub fn remote(&self) -> Option<&Remote> {
+        self.remote.as_ref()
+    }
+
+    /// Finds a value in memory or on disk. A value on disk is read into memory, so that a look-up which finds a value also proves that the
     /// value can be read.
     ///
     /// # Errors
@@ -172,6 +208,10 @@ impl Cache {
             Ok(None) => return Err(Missing::Absent),
             Err(error) => {
                 warn!(%error, "a value could not be read from disk");
+                // Otherwise a read from the remote store would end at the disk.
+                if self.remote.is_some() {
+                    self.inner.remove(key);
+                }
                 return Err(Missing::Broken);
             }
         };
@@ -179,8 +219,45 @@ impl Cache {
             self.inner.remove(key);
             return Err(Missing::Ended);
         }
-        let from_disk = entry.source() == Source::Disk;
-        Ok(Found { entry, from_disk })
+        let tier = match entry.source() {
+            Source::Disk => Tier::Disk,
+            Source::Memory | Source::Outer => Tier::Memory,
+        };
+        Ok(Found { entry, tier })
+    }
+
+    /// Reads a value that [`Cache::get`] did not find from the remote store, and keeps it in memory and on disk. Several
+    /// calls for one key make one request.
+    ///
+    /// # Errors
+    /// See [`Missing`].
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the request goes on, and its value is kept.
+    pub async fn fetch(&self, key: &Key) -> Result<Found, Missing> {
+        let Some(remote) = &self.remote else {
+            return Err(Missing::Absent);
+        };
+        let (remote, own) = (remote.clone(), key.clone());
+        let fetch = move || async move { remote.get(&own).await };
+        match self.inner.get_or_fetch(key, fetch).await {
+            Ok(entry) if entry.value().has_ended() => {
+                self.inner.remove(key);
+                Err(Missing::Ended)
+            }
+            Ok(entry) => {
+                let tier = Tier::Remote;
+                Ok(Found { entry, tier })
+            }
+            Err(error) => match error.downcast_ref::<NoValue>() {
+                Some(NoValue::NotUsable) => Err(Missing::Broken),
+                Some(NoValue::Absent | NoValue::NoAnswer) => Err(Missing::Absent),
+                None => {
+                    warn!(%error, "a value could not be read from disk");
+                    Err(Missing::Broken)
+                }
+            },
+        }
     }
 
     /// Returns the bytes of the values in memory.
@@ -197,8 +274,11 @@ impl Cache {
         )
     }
 
-    /// Writes what still waits for the disk, and closes the cache.
-    pub async fn close(&self) {
+    /// Writes what still waits for the remote store, for at most `grace`, and what waits for the disk. Closes the cache.
+    pub async fn close(&self, grace: Duration) {
+        if let Some(remote) = &self.remote {
+            remote.close(grace).await;
+        }
         if let Err(error) = self.inner.close().await {
             warn!(%error, "cannot write the last values to disk");
         }

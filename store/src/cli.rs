@@ -1,5 +1,7 @@
 //! The command line.
 
+mod remote;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -13,7 +15,9 @@ use store::daemon::Settings;
 use store::entry::MAX_VALUE_BYTES;
 use store::lm::Bounds;
 
-/// Keeps KV for engines with LMCache: in memory, and on disk below it.
+use self::remote::RemoteFlags;
+
+/// Keeps KV for engines: in memory, on disk below it, and in a distributed store below both.
 #[derive(Debug, Parser)]
 #[command(
     name = "pd-store",
@@ -42,7 +46,8 @@ pub(crate) struct Cli {
     )]
     allow: Vec<IpNet>,
     /// Bytes of the values in memory. Values on their way to or from clients and the disk come on top:
-    /// --in-flight, 32 times --max-value, and with --disk 8 times --max-value or 300 MiB.
+    /// --in-flight, 32 times --max-value, with --disk 8 times --max-value or 300 MiB, and with --remote --remote-queue and
+    /// 60 times --max-value.
     #[arg(
         long,
         value_name = "BYTES",
@@ -104,7 +109,7 @@ pub(crate) struct Cli {
         env = "PD_STORE_ADMIN"
     )]
     admin: String,
-    /// Time for requests that have begun when the store stops.
+    /// Time for requests that have begun when the store stops, and then for values that wait for the remote store.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration, env = "PD_STORE_GRACE")]
     grace: Duration,
     /// Log level: error, warn, info, debug, trace, or directives like info,store=debug.
@@ -115,6 +120,11 @@ pub(crate) struct Cli {
         env = "PD_STORE_LOG_LEVEL"
     )]
     pub(crate) log_level: String,
+    /// Checks all flags and files, writes a value to the remote store and reads it, and ends.
+    #[arg(long)]
+    pub(crate) check_config: bool,
+    #[command(flatten)]
+    remote: RemoteFlags,
 }
 
 /// A task other than to run the store.
@@ -170,6 +180,7 @@ impl Cli {
         Ok(Settings {
             listen: self.listen,
             admin: self.admin,
+            remote: self.remote.settings(max_value)?,
             sizes: Sizes {
                 memory,
                 disk,
@@ -201,6 +212,9 @@ Examples:
   For the engines of a network, with a disk and a life of six hours:
     pd-store --listen 0.0.0.0:65432 --allow 10.1.0.0/16 --memory 64GiB \\
              --disk /var/lib/pd-store --disk-size 500GiB --ttl 6h
+  With a bucket below memory and disk, after a check:
+    pd-store --memory 64GiB --remote s3://kv-cache --remote-endpoint http://10.1.0.9:9000 \
+             --remote-credentials /etc/pd-store/s3 --check-config
   In LMCache's configuration file of each engine:
     remote_url: \"lm://10.1.0.7:65432\"
     remote_serde: \"naive\"
@@ -208,7 +222,7 @@ Examples:
 Exit codes:
    0  stopped by SIGTERM or SIGINT
   64  the command line is wrong
-  69  a port or the folder is not available";
+  69  a port, the folder or the remote store is not available";
 
 #[cfg(test)]
 mod tests {
@@ -251,9 +265,38 @@ mod tests {
             (&["--disk", "/tmp/x"], "--disk-size"),
             (&["--ttl", "soon"], "--ttl"),
             (&["--allow", "10.0.0.0/99"], "--allow"),
+            (&["--remote", "cache:6379"], "--remote"),
+            (
+                &["--remote", "redis://a:1", "--remote-endpoint", "http://b"],
+                "s3:// only",
+            ),
+            (&["--remote-endpoint", "http://b"], "--remote <URL>"),
+            (
+                &["--remote", "s3://kv-cache", "--remote-prefix", "a/../b"],
+                "--remote-prefix",
+            ),
+            (
+                &["--remote", "s3://kv-cache", "--remote-timeout", "0s"],
+                "--remote-timeout",
+            ),
+            (
+                &["--remote", "s3://kv-cache", "--remote-queue", "64MiB"],
+                "--remote-queue",
+            ),
+            (
+                &[
+                    "--remote",
+                    "s3://kv-cache",
+                    "--remote-credentials",
+                    "/absent",
+                ],
+                "no such file",
+            ),
         ] {
             let error = settings(args).unwrap_err();
             assert!(error.contains(flag), "{args:?}: {error}");
         }
+        let secret = settings(&["--remote", "redis://user:hunter2@cache:6379"]).unwrap_err();
+        assert!(secret.contains("--remote-credentials") && !secret.contains("hunter2"));
     }
 }

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use crate::cache::{Cache, OpenError, Sizes};
 use crate::lm::{Bounds, Server};
 use crate::metrics::{self, Metrics};
+use crate::remote::{self, Remote};
 
 /// The settings of a store.
 #[derive(Clone, Debug)]
@@ -28,9 +29,11 @@ pub struct Settings {
     pub admin: String,
     /// Sizes of the cache.
     pub sizes: Sizes,
+    /// The remote store; absent if there is none.
+    pub remote: Option<remote::Settings>,
     /// Limits of the port.
     pub bounds: Bounds,
-    /// Time for requests that have begun when the store stops.
+    /// Time for requests that have begun when the store stops, and then for values that wait for the remote store.
     pub grace: Duration,
 }
 
@@ -40,6 +43,9 @@ pub enum StartError {
     /// See [`OpenError`].
     #[error(transparent)]
     Cache(#[from] OpenError),
+    /// The settings of the remote store cannot be used, or a check of it failed.
+    #[error("{0}")]
+    Remote(String),
     /// A port cannot be bound.
     #[error("{flag} {address}: {cause}")]
     Bind {
@@ -66,7 +72,9 @@ pub async fn run(settings: Settings) -> Result<(), StartError> {
     if let Err(error) = common::fd_limit::raise() {
         warn!(%error, "cannot raise the limit on open files");
     }
-    let cache = Cache::open(&settings.sizes).await?;
+    let remote = settings.remote.map(Remote::open).transpose();
+    let remote = remote.map_err(StartError::Remote)?;
+    let cache = Cache::open(&settings.sizes, remote).await?;
     let counted = Metrics::default();
     let registry = counted.registry(cache.clone());
     let admin = TcpListener::bind(&settings.admin)
@@ -96,7 +104,10 @@ pub async fn run(settings: Settings) -> Result<(), StartError> {
     info!(signal = name, grace = ?settings.grace, "stopping; a second signal stops at once");
     stop.cancel();
     tokio::select! {
-        _ = &mut serving => cache.close().await,
+        () = async {
+            (&mut serving).await.ok();
+            cache.close(settings.grace).await;
+        } => {}
         name = next() => warn!(signal = name, "stopping at once"),
     }
     gone.cancel();
@@ -106,6 +117,32 @@ pub async fn run(settings: Settings) -> Result<(), StartError> {
         std::panic::resume_unwind(error.into_panic());
     }
     Ok(())
+}
+
+/// Checks what the settings name, without starting the store: the folder of the disk, and the remote store with a value
+/// that is written and read. Returns a line for each.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn check(settings: Settings) -> Result<Vec<String>, StartError> {
+    let sizes = &settings.sizes;
+    sizes.check()?;
+    let mut lines = vec![format!("memory: {} bytes", sizes.memory)];
+    lines.push(match &sizes.disk {
+        Some(disk) => format!("disk: {} bytes in {}", disk.bytes, disk.folder.display()),
+        None => "disk: none".to_owned(),
+    });
+    lines.push(match settings.remote {
+        None => "remote: none".to_owned(),
+        Some(remote) => {
+            let address = remote.address.to_string();
+            let remote = Remote::open(remote).map_err(StartError::Remote)?;
+            let failed = |cause| StartError::Remote(format!("--remote {address}: {cause}"));
+            remote.check().await.map_err(failed)?;
+            format!("remote: {address}, a value was written and read")
+        }
+    });
+    Ok(lines)
 }
 
 fn failed(flag: &'static str, address: &str) -> impl FnOnce(std::io::Error) -> StartError {

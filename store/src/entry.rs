@@ -54,6 +54,12 @@ impl Entry {
         self.deadline_ms <= now_ms()
     }
 
+    /// Returns the rest of the value's life, or `None` if it has no end.
+    pub fn life(&self) -> Option<Duration> {
+        let rest = self.deadline_ms.saturating_sub(now_ms());
+        (self.deadline_ms != u64::MAX).then(|| Duration::from_millis(rest))
+    }
+
     /// Returns the bytes of memory that the value needs with its key.
     pub fn weight(&self, key: &Key) -> usize {
         self.body.len() + key.len() + OVERHEAD
@@ -156,5 +162,9 @@ mod tests {
         assert!(of(Duration::ZERO));
         assert!(!of(Duration::from_secs(60)));
         assert!(!of(Duration::MAX));
+        let life = |ttl| Entry::new(About::default(), Bytes::new(), ttl).life();
+        assert_eq!(life(None), None);
+        let rest = life(Some(Duration::from_secs(60))).unwrap();
+        assert!((59..=60).contains(&rest.as_secs()), "{rest:?}");
     }
 }

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
             };
         }
     }
-    let log = cli.log_level.clone();
+    let (log, checks) = (cli.log_level.clone(), cli.check_config);
     let settings = match cli.settings() {
         Ok(settings) => settings,
         Err(error) => {
@@ -52,6 +52,10 @@ fn main() -> ExitCode {
         .enable_all()
         .build();
     let ended = match runtime {
+        Ok(runtime) if checks => runtime
+            .block_on(store::daemon::check(settings))
+            .map(|lines| println!("{}", lines.join("\n")))
+            .map_err(|error| error.to_string()),
         Ok(runtime) => runtime
             .block_on(store::daemon::run(settings))
             .map_err(|error| error.to_string()),
@@ -71,5 +75,5 @@ fn main() -> ExitCode {
 const QUIET: &str = "foyer=warn,foyer_memory=warn,foyer_storage=warn";
 /// The exit code of a wrong command line, as in `sysexits.h`.
 const USAGE: u8 = 64;
-/// The exit code if a port or a folder is not available.
+/// The exit code if a port, a folder or the remote store is not available.
 const UNAVAILABLE: u8 = 69;

@@ -52,6 +52,8 @@ label! {
         Hit = "hit",
         /// The value was on disk.
         HitOnDisk = "hit_on_disk",
+        /// The value was in the remote store.
+        HitOnRemote = "hit_on_remote",
         /// There is no such value.
         Miss = "miss",
         /// The life of the value had ended.
@@ -153,6 +155,9 @@ impl Metrics {
             self.in_flight.clone(),
         );
         registry.register("connections", "Open connections", self.connections.clone());
+        if let Some(remote) = cache.remote() {
+            remote.register(&mut registry);
+        }
         registry.register_collector(Box::new(OfCache(cache)));
         Arc::new(registry)
     }

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use futures::future::join_all;
 use prometheus_client::metrics::gauge::Gauge;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::cache::{Cache, Found, Missing};
+use crate::cache::Cache;
 use crate::metrics::{Metrics, Operation, Outcome};
 
 use super::bounds::Bounds;
@@ -28,8 +29,13 @@ pub(super) struct Shared {
     pub(super) in_flight: Arc<Semaphore>,
     /// Limits the number of look-ups at the same time, because each may read a value from disk into memory.
     pub(super) lookups: Arc<Semaphore>,
+    /// Limits the number of look-ups in the remote store, for the same reason.
+    pub(super) remote_lookups: Arc<Semaphore>,
     pub(super) metrics: Metrics,
 }
+
+/// A connection. The buffer holds heads only: a value is read past it.
+type Stream = BufReader<TcpStream>;
 
 /// The reason why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -50,11 +56,12 @@ pub(super) enum End {
 
 /// Serves the requests of one client. A request that has begun is served even if `stop` is cancelled.
 pub(super) async fn serve(
-    mut stream: TcpStream,
+    stream: TcpStream,
     shared: &Shared,
     share: &Share,
     stop: &CancellationToken,
 ) -> End {
+    let mut stream = BufReader::with_capacity(BATCH * REQUEST_BYTES, stream);
     loop {
         let head = match head(&mut stream, stop).await {
             Ok(head) => head,
@@ -71,10 +78,7 @@ pub(super) async fn serve(
 }
 
 /// Reads the head of the next request. A client may be silent between two requests, but not within a head.
-async fn head(
-    stream: &mut TcpStream,
-    stop: &CancellationToken,
-) -> Result<[u8; REQUEST_BYTES], End> {
+async fn head(stream: &mut Stream, stop: &CancellationToken) -> Result<[u8; REQUEST_BYTES], End> {
     let mut head = [0; REQUEST_BYTES];
     let read = tokio::select! {
         biased;
@@ -92,17 +96,13 @@ impl Shared {
     async fn answer(
         &self,
         share: &Share,
-        stream: &mut TcpStream,
+        stream: &mut Stream,
         request: Request,
     ) -> Result<(), End> {
         match request.command {
             Command::Put => self.put(share, stream, request).await,
             Command::Get => self.get(share, stream, request).await,
-            Command::Exist => {
-                let found = self.find(share, Operation::Exist, &request).await.is_some();
-                self.respond(stream, Response::without_value(found), Bytes::new())
-                    .await
-            }
+            Command::Exist => self.exist(share, stream, request).await,
             Command::List => {
                 self.metrics.count(Operation::List, Outcome::Refused);
                 self.respond(stream, Response::without_value(false), Bytes::new())
@@ -118,12 +118,7 @@ impl Shared {
 
     /// Receives a value. The protocol has no response to a PUT, so a value that is too large is read and dropped: the
     /// next request begins behind it.
-    async fn put(
-        &self,
-        share: &Share,
-        stream: &mut TcpStream,
-        request: Request,
-    ) -> Result<(), End> {
+    async fn put(&self, share: &Share, stream: &mut Stream, request: Request) -> Result<(), End> {
         let bound = self.bound(request.length);
         if request.length > self.bounds.max_value || request.key.is_empty() {
             self.metrics.count(Operation::Put, Outcome::Refused);
@@ -139,13 +134,31 @@ impl Shared {
         Ok(())
     }
 
-    async fn get(
-        &self,
-        share: &Share,
-        stream: &mut TcpStream,
-        request: Request,
-    ) -> Result<(), End> {
-        let Some((found, lookup)) = self.find(share, Operation::Get, &request).await else {
+    /// Answers an EXIST, and those behind it that have already arrived: clients ask for all chunks of a prompt at once. The
+    /// look-ups run at the same time, because each may be a request to the remote store, and they end together.
+    async fn exist(&self, share: &Share, stream: &mut Stream, first: Request) -> Result<(), End> {
+        let mut requests = vec![first];
+        while requests.len() < BATCH
+            && let Some(head) = stream.buffer().first_chunk()
+            && let Ok(request) = Request::read(head)
+            && request.command == Command::Exist
+        {
+            stream.consume(REQUEST_BYTES);
+            requests.push(request);
+        }
+        let until = self.until();
+        let lookups = requests.iter().map(async |request| {
+            let found = self.find(share, Operation::Exist, &request.key, until);
+            Response::without_value(found.await.is_some()).write()
+        });
+        let answers = join_all(lookups).await.concat();
+        let bound = self.bound(0);
+        within("reading an answer", bound, stream.write_all(&answers)).await
+    }
+
+    async fn get(&self, share: &Share, stream: &mut Stream, request: Request) -> Result<(), End> {
+        let found = self.find(share, Operation::Get, &request.key, self.until());
+        let Some((found, lookup)) = found.await else {
             return self
                 .respond(stream, Response::without_value(false), Bytes::new())
                 .await;
@@ -166,33 +179,9 @@ impl Shared {
         Ok(())
     }
 
-    async fn find<'a>(
-        &'a self,
-        share: &'a Share,
-        operation: Operation,
-        request: &Request,
-    ) -> Option<(Found, [SemaphorePermit<'a>; 2])> {
-        // The semaphores are never closed. The host's own comes first, so that a host beyond its share does not wait in
-        // front of other hosts.
-        let lookup = [
-            share.lookups.acquire().await.ok()?,
-            self.lookups.acquire().await.ok()?,
-        ];
-        let found = self.cache.get(&request.key).await;
-        let outcome = match &found {
-            Ok(found) if found.from_disk => Outcome::HitOnDisk,
-            Ok(_) => Outcome::Hit,
-            Err(Missing::Absent) => Outcome::Miss,
-            Err(Missing::Ended) => Outcome::Ended,
-            Err(Missing::Broken) => Outcome::Broken,
-        };
-        self.metrics.count(operation, outcome);
-        found.ok().map(|found| (found, lookup))
-    }
-
     async fn respond(
         &self,
-        stream: &mut TcpStream,
+        stream: &mut Stream,
         response: Response,
         body: Bytes,
     ) -> Result<(), End> {
@@ -248,7 +237,7 @@ impl Drop for Room<'_> {
     }
 }
 
-async fn skip(stream: &mut TcpStream, length: usize, bound: Duration) -> Result<(), End> {
+async fn skip(stream: &mut Stream, length: usize, bound: Duration) -> Result<(), End> {
     let length = length as u64;
     let mut rest = AsyncReadExt::take(stream, length);
     let copied = timeout(bound, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
@@ -269,6 +258,8 @@ async fn within<T>(
     }
 }
 
+/// EXIST requests that are answered together.
+const BATCH: usize = 64;
 /// The unit of the room for values in flight.
 pub(super) const UNIT_BYTES: usize = 4096;
 /// Longest time for the rest of a head.

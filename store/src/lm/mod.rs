@@ -3,6 +3,7 @@
 mod bounds;
 mod connection;
 mod header;
+mod lookup;
 mod server;
 mod shares;
 

@@ -45,6 +45,7 @@ impl Server {
         let shared = Shared {
             in_flight: Arc::new(Semaphore::new(units)),
             lookups: Arc::new(Semaphore::new(LOOKUPS)),
+            remote_lookups: Arc::new(Semaphore::new(LOOKUPS)),
             cache,
             bounds,
             metrics,
@@ -132,5 +133,5 @@ async fn run_one(
     shared.note(peer, reason, &end);
 }
 
-/// Look-ups at the same time. Each may read one value from disk.
+/// Look-ups at the same time, on disk and in the remote store. Each may read one value.
 const LOOKUPS: usize = 32;

@@ -24,6 +24,8 @@ pub(super) struct Share {
     pub(super) room: Semaphore,
     /// Look-ups at the same time.
     pub(super) lookups: Semaphore,
+    /// Look-ups in the remote store at the same time.
+    pub(super) remote_lookups: Semaphore,
 }
 
 impl Shares {
@@ -48,6 +50,7 @@ impl Shares {
         let share = Arc::new(Share {
             room: Semaphore::new(room),
             lookups: Semaphore::new(lookups),
+            remote_lookups: Semaphore::new(lookups),
         });
         hosts.insert(host, Arc::downgrade(&share));
         share

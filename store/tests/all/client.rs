@@ -52,7 +52,7 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) async fn start(sizes: &Sizes, bounds: Bounds) -> Self {
-        let cache = Cache::open(sizes).await.unwrap();
+        let cache = Cache::open(sizes, None).await.unwrap();
         let metrics = Metrics::default();
         let server = Server::bind("127.0.0.1:0", cache.clone(), bounds, metrics.clone())
             .await
@@ -104,7 +104,7 @@ impl Running {
     }
 
     pub(crate) async fn end(self) {
-        self.port_ended().await.close().await;
+        self.port_ended().await.close(Duration::ZERO).await;
     }
 }
 

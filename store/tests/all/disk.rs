@@ -87,15 +87,15 @@ async fn wrong_sizes_and_folders_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let mut small = sizes(Some(folder.path()));
     small.disk.as_mut().unwrap().bytes = 20 * MIB;
-    let error = Cache::open(&small).await.unwrap_err();
+    let error = Cache::open(&small, None).await.unwrap_err();
     assert!(matches!(error, OpenError::TooSmall { .. }), "{error}");
     let mut huge = sizes(Some(folder.path()));
     huge.disk.as_mut().unwrap().bytes = 1 << 60;
-    let error = Cache::open(&huge).await.unwrap_err();
+    let error = Cache::open(&huge, None).await.unwrap_err();
     assert!(matches!(error, OpenError::NoRoom { .. }), "{error}");
     let file = folder.path().join("file");
     fs::write(&file, "x").unwrap();
-    let error = Cache::open(&sizes(Some(&file))).await.unwrap_err();
+    let error = Cache::open(&sizes(Some(&file)), None).await.unwrap_err();
     assert!(error.to_string().contains("file"), "{error}");
     assert!(matches!(error, OpenError::Folder { .. }), "{error}");
 }
@@ -103,7 +103,9 @@ async fn wrong_sizes_and_folders_are_named() {
 #[tokio::test]
 async fn values_beyond_the_disk_are_evicted_and_the_newest_stay() {
     let folder = tempfile::tempdir().unwrap();
-    let cache = Cache::open(&sizes(Some(folder.path()))).await.unwrap();
+    let cache = Cache::open(&sizes(Some(folder.path())), None)
+        .await
+        .unwrap();
     for i in 0..250u8 {
         cache.put(vec![i], About::default(), Bytes::from(body(i, MIB)));
         written(&cache, usize::from(i)).await;
@@ -115,5 +117,5 @@ async fn values_beyond_the_disk_are_evicted_and_the_newest_stay() {
         .map(|file| file.unwrap().metadata().unwrap().len())
         .sum();
     assert!(used <= 128 * MIB as u64, "{used}");
-    cache.close().await;
+    cache.close(Duration::ZERO).await;
 }

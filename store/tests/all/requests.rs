@@ -1,5 +1,7 @@
 //! Each command, and the numbers of its answer.
 
+use tokio::io::AsyncWriteExt;
+
 use crate::client::{ABOUT, Answer, EXIST, GET, HEALTH, LIST, MIB, Running, body, bounds, sizes};
 
 #[tokio::test]
@@ -70,5 +72,43 @@ async fn a_value_ends_with_its_life() {
     assert_eq!(client.ask(GET, "k").await.code, 400);
     let ended = store.metric(r#"pd_store_requests_total{operation="get",outcome="expired"}"#);
     assert_eq!(ended, Some(1.0));
+    store.end().await;
+}
+
+/// EXIST requests that arrive together are answered together. The answers keep their order, also around other commands.
+#[tokio::test]
+async fn requests_that_arrive_together_are_answered_in_their_order() {
+    let store = Running::start(&sizes(None), bounds()).await;
+    let mut client = store.connect().await;
+    for i in 0..4 {
+        client.put(&format!("k{i}"), &body(i, 100)).await;
+    }
+    let head = |command: i32, key: &str| {
+        let numbers = [command, 0, 1, 2, 0, 0, 0, 0, 0].map(i32::to_le_bytes);
+        [numbers.concat(), format!("{key:150}").into_bytes()].concat()
+    };
+    let asked = |i: usize| format!("k{}", i % 5);
+    let mut sent: Vec<u8> = (0..150).flat_map(|i| head(EXIST, &asked(i))).collect();
+    sent.extend(head(GET, "k3"));
+    sent.extend((0..3).flat_map(|i| head(EXIST, &asked(i + 3))));
+    client.0.write_all(&sent).await.unwrap();
+    for i in 0..150 {
+        let there = if i % 5 < 4 { 200 } else { 400 };
+        assert_eq!(client.answer().await.code, there, "{i}");
+    }
+    assert_eq!(client.answer().await.body, body(3, 100));
+    for there in [200, 400, 200] {
+        assert_eq!(client.answer().await.code, there);
+    }
+    // A PUT behind them loses none of its bytes to the buffer of heads.
+    let mut sent = head(EXIST, "k0");
+    let numbers = [1, 50_000, 1, 2, 0, 0, 0, 0, 0].map(i32::to_le_bytes);
+    sent.extend(numbers.concat());
+    sent.extend(format!("{:150}", "large").into_bytes());
+    sent.extend(body(9, 50_000));
+    sent.extend(head(GET, "large"));
+    client.0.write_all(&sent).await.unwrap();
+    assert_eq!(client.answer().await.code, 200);
+    assert_eq!(client.answer().await.body, body(9, 50_000));
     store.end().await;
 }
