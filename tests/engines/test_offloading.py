@@ -29,7 +29,7 @@ from harness.process import group_members
 from harness.prompts import prompt
 from harness.reference import Reference
 from harness.sidecar import BINARIES, ROOT, Sidecar, SidecarOptions
-from harness.store import Store
+from harness.store import Store, below
 
 BLOCK = 32
 UCX_TLS = "sm,self,cma"
@@ -104,30 +104,12 @@ def engine_with_both(role: str, model: Path, folder: Path, store: Store) -> Both
     # The default of `park_ms` is 50 ms. A busy machine may need longer to park a decode request.
     keys: dict[str, object] = {"park_ms": 3000}
     sidecar = Sidecar(SidecarOptions(side, BUFFER_BYTES, keys=keys), folder, LOGS, name=f"offload-{side}")
-    connectors = [
-        {
-            "kv_connector": "PdSidecarConnector", "kv_connector_module_path": "pd_sidecar.connector",
-            "kv_role": role, "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {f"{side}_socket": str(sidecar.socket), "sidecar": "spawn"},
-        },
-        {
-            "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
-            "kv_connector_extra_config": {
-                "spec_name": "HostTieringSpec", "spec_module_path": "harness.host_offload",
-                "cpu_bytes_to_use": 1 << 28, "offload_prompt_only": False,
-                "secondary_tiers": [{
-                    "type": "StoreTier", "module_path": "pd_sidecar.store.tier",
-                    "url": f"lm://127.0.0.1:{store.port}", "timeout_s": STORE_TIMEOUT_S, "load": "always",
-                }],
-            },
-        },
-    ]  # fmt: skip
-    transfer = {
-        "kv_connector": "MultiConnector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"connectors": connectors},
-    }
+    own = {
+        "kv_connector": "PdSidecarConnector", "kv_connector_module_path": "pd_sidecar.connector",
+        "kv_role": role, "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {f"{side}_socket": str(sidecar.socket), "sidecar": "spawn"},
+    }  # fmt: skip
+    transfer = below(own, store, STORE_TIMEOUT_S)
     env = {
         "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("python", "tests")),
         "PD_SIDECAR_BINARY": str(BINARIES / "sidecar"), "LMCACHE_CONFIG_FILE": str(sidecar.configure()),

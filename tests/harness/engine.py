@@ -143,8 +143,10 @@ class Engine(Part):
         (size,) = self.metrics().by("vllm:cache_config_info", "block_size")
         return int(size)
 
-    def reset_prefix_cache(self) -> None:
-        status, text = call(f"{self.url}/reset_prefix_cache", method="POST")
+    def reset_prefix_cache(self, *, external: bool = False) -> None:
+        """Empties the engine's own cache. With `external`, also the host memory of an OffloadingConnector."""
+        query = "?reset_external=true" if external else ""
+        status, text = call(f"{self.url}/reset_prefix_cache{query}", method="POST")
         assert status == 200, text
 
     def load_adapter(self, name: str, folder: Path) -> None:

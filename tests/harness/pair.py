@@ -20,6 +20,7 @@ from harness.process import leave_running
 from harness.progress import Progress
 from harness.proxy import Proxy
 from harness.sidecar import CHUNK_TOKENS, ROOT, START_BOUND_S, Sidecar, SidecarOptions
+from harness.store import Store, below
 
 CHUNK_BYTES = CHUNK_TOKENS * KV_BYTES_PER_TOKEN
 
@@ -59,6 +60,8 @@ class PairOptions:
     connector: dict[str, object] = field(default_factory=dict)
     # Further variables of the engines.
     env: dict[str, str] = field(default_factory=dict)
+    # A store below both engines, or None. Then both engines need the same block.
+    store: Store | None = None
 
 
 @dataclass(frozen=True)
@@ -341,13 +344,15 @@ class Pair:
         module = self.options.prefill_module if kv_role == "kv_producer" else self.options.decode_module
         if workers != self.options.ranks:
             extra["ranks"] = self.options.ranks
-        kv_transfer = {
+        kv_transfer: dict[str, Any] = {
             "kv_connector": "PdSidecarConnector",
             "kv_connector_module_path": module,
             "kv_role": kv_role,
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,
         }
+        if self.options.store is not None:
+            kv_transfer = below(kv_transfer, self.options.store)
         path = [str(ROOT / "python"), str(ROOT / "tests")]
         if workers > 1:
             path.append(str(ROOT / "tests" / "harness" / "patient"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from harness.metrics import Metrics
 from harness.ports import free_port
@@ -43,3 +44,27 @@ class Store(Part):
     def metrics(self) -> Metrics:
         """Returns the values of all metrics."""
         return Metrics.scrape(f"http://{self._admin}/metrics")
+
+
+def below(kv_transfer: dict[str, Any], store: Store, timeout_s: float = 1.0) -> dict[str, Any]:
+    """Returns an engine's connectors: the given one, and vLLM's OffloadingConnector with a store below it.
+
+    The engine needs `python` and `tests` in its PYTHONPATH. Every request loads, even if computing would be faster.
+    """
+    tier = {
+        "type": "StoreTier", "module_path": "pd_sidecar.store.tier",
+        "url": f"lm://127.0.0.1:{store.port}", "timeout_s": timeout_s, "load": "always",
+    }  # fmt: skip
+    offloading = {
+        "kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "HostTieringSpec", "spec_module_path": "harness.host_offload",
+            "cpu_bytes_to_use": 1 << 28, "offload_prompt_only": False, "secondary_tiers": [tier],
+        },
+    }  # fmt: skip
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": [kv_transfer, offloading]},
+    }
