@@ -25,19 +25,9 @@ from harness.sidecar import ROOT
 KEYS: dict[str, object] = {"park_ms": 3000}
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves the tests that start large engines to the front, because the session's engines take the memory later.
-
-    With several workers (`--dist loadgroup`), all tests of the session's engines run in one worker, so that these
-    engines start once. The tests of another file stay together, because they share engines too. xdist reads the groups
-    in a hook of the same name, so this hook must come first.
-    """
+    """Moves the tests that start large engines to the front, because the session's engines take the memory later."""
     items.sort(key=lambda item: "own_engines" not in item.keywords)
-    for item in items:
-        fixtures = item.fixturenames if isinstance(item, pytest.Function) else []
-        group = "engines of the session" if "engines" in fixtures else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
