@@ -4,19 +4,12 @@
 #   buildah.sh DIRECTORY
 set -euo pipefail
 
-folder=$(mkdir -p "$1" && cd "$1" && pwd)
-cd "$folder"
-unpack() { # DIRECTORY PACKAGE...
-  mkdir -p packages "$1"
-  (cd packages && apt-get download "${@:2}")
-  for package in packages/*.deb; do
-    dpkg -x "$package" "$1"
-  done
-  rm -r packages
-}
-unpack unpacked buildah golang-github-containers-common golang-github-containers-image libgpgme11 libassuan0 libdevmapper1.02.1
+unpack=$(cd "$(dirname "$0")" && pwd)/unpack.sh
+mkdir -p "$1"
+cd "$1"
+"$unpack" unpacked buildah golang-github-containers-common golang-github-containers-image libgpgme11 libassuan0 libdevmapper1.02.1
 # The smallest base on which the programs run. A public base image would need a registry.
-unpack base/root libc6 libgcc-s1
+"$unpack" base/root libc6 libgcc-s1
 printf 'FROM scratch\nCOPY root/ /\n' >base/Containerfile
 cat >buildah <<'END'
 #!/bin/sh

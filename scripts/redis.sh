@@ -3,15 +3,9 @@
 #   redis.sh DIRECTORY
 set -euo pipefail
 
-folder=$1
-mkdir -p "$folder"
-cd "$folder"
 # redis-tools contains the server's code. The other packages are libraries that a machine may lack.
-apt-get download redis-tools liblzf1 libjemalloc2 libatomic1
-for package in ./*.deb; do
-  dpkg -x "$package" .
-done
-rm ./*.deb
+"$(dirname "$0")/unpack.sh" "$1" redis-tools liblzf1 libjemalloc2 libatomic1
+cd "$1"
 # One program serves as server and as tools: the name of the started file selects the role.
 ln -sf redis-check-rdb usr/bin/redis-server
 cat >redis-server <<'EOF'
