@@ -197,8 +197,8 @@ impl Cache {
         self.remote.as_ref()
     }
 
-    /// Finds a value in memory or on disk. A value on disk is read into memory, so that a look-up which finds a value also proves that the
-    /// value can be read.
+    /// Finds a value in memory or on disk. A value on disk is read into memory, so that a look-up which finds a value also
+    /// proves that the value can be read.
     ///
     /// # Errors
     /// See [`Missing`].

@@ -23,6 +23,24 @@ pub struct About {
     pub shape: [i32; 4],
 }
 
+impl About {
+    /// Returns the numbers in the order in which a value on disk and in a remote store has them.
+    pub fn numbers(&self) -> [i32; 7] {
+        let [a, b, c, d] = self.shape;
+        [self.format, self.dtype, self.location, a, b, c, d]
+    }
+
+    /// Makes a description from the numbers of [`About::numbers`].
+    pub fn from_numbers([format, dtype, location, a, b, c, d]: [i32; 7]) -> Self {
+        Self {
+            format,
+            dtype,
+            location,
+            shape: [a, b, c, d],
+        }
+    }
+}
+
 /// A value of the store. A clone shares the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -68,9 +86,7 @@ impl Entry {
 
 impl Code for Entry {
     fn encode(&self, writer: &mut impl Write) -> Result<()> {
-        let about = &self.about;
-        let [a, b, c, d] = about.shape;
-        for number in [about.format, about.dtype, about.location, a, b, c, d] {
+        for number in self.about.numbers() {
             number.encode(writer)?;
         }
         self.deadline_ms.encode(writer)?;
@@ -83,7 +99,6 @@ impl Code for Entry {
         for number in &mut numbers {
             *number = i32::decode(reader)?;
         }
-        let [format, dtype, location, a, b, c, d] = numbers;
         let deadline_ms = u64::decode(reader)?;
         let length = u64::decode(reader)?;
         // The cache has checked the checksum, so a wrong length here is a fault of the form and not of the disk. The
@@ -95,12 +110,7 @@ impl Code for Entry {
         let mut body = vec![0; length];
         reader.read_exact(&mut body).map_err(Error::io_error)?;
         Ok(Self {
-            about: About {
-                format,
-                dtype,
-                location,
-                shape: [a, b, c, d],
-            },
+            about: About::from_numbers(numbers),
             deadline_ms,
             body: body.into(),
         })

@@ -36,13 +36,7 @@ pub(super) fn head(key: &Key, entry: &Entry) -> Bytes {
     let key_length = u16::try_from(key.len()).expect("a key on the wire has at most 150 bytes");
     rest.put_u16_le(key_length);
     rest.put_u16_le(0);
-    let About {
-        format,
-        dtype,
-        location,
-        shape: [a, b, c, d],
-    } = entry.about;
-    for number in [format, dtype, location, a, b, c, d] {
+    for number in entry.about.numbers() {
         rest.put_i32_le(number);
     }
     rest.put_u64_le(entry.deadline_ms);
@@ -83,14 +77,8 @@ pub(super) fn open(value: &Bytes, key: &Key) -> Result<Entry, Damage> {
     if &value[HEAD_BYTES..begin] != key.as_slice() {
         return Err(Damage::Key);
     }
-    let [format, dtype, location, a, b, c, d] = numbers;
     Ok(Entry {
-        about: About {
-            format,
-            dtype,
-            location,
-            shape: [a, b, c, d],
-        },
+        about: About::from_numbers(numbers),
         deadline_ms,
         body: value.slice(begin..),
     })
