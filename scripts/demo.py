@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("PD_BINARIES", str(ROOT / "target" / "release"))
 
-from harness.client import HttpError, complete
+from harness.client import complete
+from harness.demo import exit_code
 from harness.model import KV_BYTES_PER_TOKEN, write_model
 from harness.pair import Moved, Pair, PairOptions, pair_of
-from harness.process import ProcessFailed, ended_by_signals
 from harness.progress import Progress
 
 LOGS = ROOT / "target" / "demo-logs"
@@ -84,21 +84,18 @@ def main() -> int:
     progress.say("writing a small random model: its texts are nonsense, but every byte of its KV counts")
     model = write_model(ROOT / "target" / "model")
     pair_options = PairOptions(model, LOGS, transport=options.transport)
-    try:
-        with ended_by_signals(), pair_of(pair_options, progress) as pair:
+
+    def run() -> bool:
+        with pair_of(pair_options, progress) as pair:
             outcomes = [show(pair, number, prompt) for number, prompt in enumerate(PROMPTS, start=1)]
             failed = report(outcomes)
             if options.keep:
                 keep(pair)
             else:
                 progress.say("stopping everything")
-            return 1 if failed else 0
-    except KeyboardInterrupt:
-        print("\ninterrupted: everything has been stopped", file=sys.stderr)
-        return 130
-    except (ProcessFailed, HttpError, AssertionError, OSError) as error:
-        print(f"\nfailed: {error}\n(all logs are in {LOGS}; everything has been stopped)", file=sys.stderr)
-        return 1
+            return not failed
+
+    return exit_code(run, LOGS)
 
 
 def show(pair: Pair, number: int, prompt: str) -> Outcome:

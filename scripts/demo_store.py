@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("PD_BINARIES", str(ROOT / "target" / "release"))
 
-from harness.client import Answer, HttpError, complete
+from harness.client import Answer, complete
+from harness.demo import exit_code
 from harness.engine import Engine, wait_for
 from harness.metrics import PromptTokens
 from harness.model import KV_BYTES_PER_TOKEN, write_model
 from harness.pair import Pair, PairOptions, pair_of
-from harness.process import ProcessFailed, ended_by_signals
 from harness.progress import Progress
 from harness.prompts import prompt
 from harness.store import Store
@@ -175,24 +175,21 @@ def main() -> int:
     progress.say("writing a small random model: its texts are nonsense, but every byte of its KV counts")
     model = write_model(ROOT / "target" / "model")
     store = Store(LOGS, "--memory", "256MiB")
-    try:
-        with ended_by_signals():
+    options = PairOptions(model, LOGS, decode_block=BLOCK, store=store, sidecar_keys={"park_ms": 3000})
+
+    def run() -> bool:
+        try:
             store.start()
-            options = PairOptions(model, LOGS, decode_block=BLOCK, store=store, sidecar_keys={"park_ms": 3000})
             with pair_of(options, progress) as pair:
                 demo = Demo(pair, store)
                 show(demo, progress)
                 progress.say("stopping everything")
-    except KeyboardInterrupt:
-        print("\ninterrupted: everything has been stopped", file=sys.stderr)
-        return 130
-    except (ProcessFailed, HttpError, AssertionError, OSError) as error:
-        print(f"\nfailed: {error}\n(all logs are in {LOGS}; everything has been stopped)", file=sys.stderr)
-        return 1
-    finally:
-        store.stop()
-    print(f"\n{'all right' if not demo.problems else f'{demo.problems} problems'}")
-    return 1 if demo.problems else 0
+        finally:
+            store.stop()
+        print(f"\n{f'{demo.problems} problems' if demo.problems else 'all right'}")
+        return not demo.problems
+
+    return exit_code(run, LOGS)
 
 
 if __name__ == "__main__":
