@@ -154,9 +154,4 @@ ALLOWED: tuple[Allowed, ...] = (
         r"body\.error\.message",
         parts=r"<dict of \d+ items>",
     ),
-    Allowed(
-        "An error that a client can repeat has the header `Retry-After`.",
-        "Clients wait instead of asking again at once.",
-        "header retry-after",
-    ),
 )
