@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from harness.ports import free_port
 from harness.process import Process
 from harness.scripted import JsonHandler, serving
 from harness.sidecar import BINARIES, CHUNK_TOKENS
+from harness.waiting import until
 from rendered import (
     FOLDERS,
     Manifest,
@@ -157,7 +158,7 @@ def test_the_store_keeps_values(tmp_path: Path) -> None:
         try:
             for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
                 url = f"http://127.0.0.1:{admin}{container[probe]['httpGet']['path']}"
-                until(lambda: answers(url, 200), process, f"{probe} does not answer 200")  # noqa: B023
+                until(f"{probe} does not answer 200", lambda: answers(url, 200), process=process)  # noqa: B023
             if start == 0:
                 client.put([(b"key", data)])
             assert client.get([(b"key", memoryview(got))]) == [True]
@@ -232,7 +233,7 @@ class Parts:
                 client.poll()
             return self.probe(component, probe) == status
 
-        until(answers, self.processes[component], f"{probe} does not answer {status}")
+        until(f"{probe} does not answer {status}", answers, process=self.processes[component])
 
     def end(self, component: str) -> float:
         """Ends a process as a kubelet does. Returns the seconds that it took; fails if the exit code is not 0."""
@@ -330,7 +331,7 @@ def test_a_pod_lives_and_ends(parts: Parts) -> None:
     for side in ROLES:
         parts.clients.pop(side).close()
         assert parts.end(side) < IDLE_END_S
-    until(lambda: not instances(parts), parts.processes["proxy"], "instances do not leave")
+    until("instances do not leave", lambda: not instances(parts), process=parts.processes["proxy"])
     # The hook of a pod that the proxy no longer knows must not fail.
     leave(parts, "decode")
     assert parts.end("proxy") < IDLE_END_S
@@ -358,7 +359,7 @@ def push(parts: Parts, tokens: int) -> bytes:
                 decode.release("moves", message.chunks)
         return bool(read)
 
-    until(arrived, parts.processes["decode"], "no KV arrives")
+    until("no KV arrives", arrived, process=parts.processes["decode"])
     return read[0]
 
 
@@ -388,13 +389,3 @@ def instances(parts: Parts) -> list[object]:
     with urllib.request.urlopen(request, timeout=BOUND_S) as answer:
         found: list[object] = json.load(answer)
     return found
-
-
-def until(condition: Callable[[], bool], process: Process, what: str) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not condition():
-        if not process.alive:
-            raise process.failure(f"ended with exit code {process.exit_code}")
-        if time.monotonic() > deadline:
-            raise process.failure(f"{what} after {BOUND_S:g} s")
-        time.sleep(0.02)

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from harness.prompts import prompt
 from harness.reference import Reference
 from harness.sidecar import BINARIES, ROOT, Sidecar, SidecarOptions
 from harness.store import Store, below
+from harness.waiting import until
 
 BLOCK = 32
 UCX_TLS = "sm,self,cma"
@@ -206,7 +207,7 @@ def test_what_the_decode_side_has_is_loaded_by_another_prefill_engine(
     said = first + answer.token_ids[:-1]
     kept = len(said) // BLOCK * BLOCK
     assert kept > len(first), "the store must hold a block with generated tokens"
-    wait_until(lambda: store.metrics().sum("pd_store_put_bytes") >= kept * KV_BYTES_PER_TOKEN)
+    until("the KV is not put", lambda: store.metrics().sum("pd_store_put_bytes") >= kept * KV_BYTES_PER_TOKEN)
 
     second = said + prompt(100, seed=16)
     before, got = prefill.engine.prompt_tokens(), store.metrics().sum("pd_store_get_bytes")
@@ -220,7 +221,7 @@ def test_what_the_decode_side_has_is_loaded_by_another_prefill_engine(
     assert (spent.external, spent.computed) == (kept, len(second) - kept), spent
     # The store counts bytes a moment after it has sent them.
     loaded = kept * KV_BYTES_PER_TOKEN
-    wait_until(lambda: store.metrics().sum("pd_store_get_bytes") - got >= loaded)
+    until("the KV is not read", lambda: store.metrics().sum("pd_store_get_bytes") - got >= loaded)
     assert store.metrics().sum("pd_store_get_bytes") - got == loaded
 
 
@@ -245,13 +246,6 @@ def test_without_the_store_prompts_are_computed(
         else:
             store.stop()
             store.start()
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not true():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.05)
 
 
 def test_the_spawned_sidecar_is_watched_and_ends_with_its_engine(

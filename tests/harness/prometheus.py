@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from harness.client import call, get_json
 from harness.ports import free_port
 from harness.process import Part, Process
 from harness.sidecar import ROOT
+from harness.waiting import until
 
 # The folder with the programs prometheus and promtool.
 PROGRAMS = Path(os.environ.get("PROMETHEUS", ROOT / "target" / "prometheus" / "usr" / "bin"))
@@ -115,14 +115,7 @@ class Prometheus(Part):
         return set(get_json(f"{self.url}/api/v1/label/__name__/values")["data"])
 
     def until(self, condition: Callable[[], bool], what: Callable[[], str], bound_s: float = BOUND_S) -> None:
-        assert self.process is not None
-        deadline = time.monotonic() + bound_s
-        while not condition():
-            if not self.process.alive:
-                raise self.process.failure(f"ended with exit code {self.process.exit_code}")
-            if time.monotonic() > deadline:
-                raise self.process.failure(f"{what()} after {bound_s:g} s")
-            time.sleep(0.1)
+        until(what, condition, process=self.process, bound_s=bound_s)
 
     def _answers(self) -> bool:
         try:

@@ -8,27 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable
-from io import BufferedRWPair
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from harness.drop_in.metadata_servers import REDIS
 from harness.ports import free_port
 from harness.process import Process
+from harness.redis import PROGRAM, ask, redis_server
 from harness.sidecar import ROOT
+from harness.waiting import until
 
 S3_VENV = Path(os.environ.get("PD_TEST_S3_VENV", ROOT / ".venv-s3"))
 BUCKET = "kv-cache"
-START_BOUND_S = 60.0
+REDIS_LOG = "remote-redis.log"
 
 
 class RemoteStore:
@@ -73,7 +70,7 @@ class RedisServer(RemoteStore):
         self._folder, self._logs, self._options = folder, logs, options
 
     def start(self) -> None:
-        self.processes = [redis_server(self.port, self._folder, self._logs, *self._options)]
+        self.processes = [redis_server(self.port, self._folder, self._logs / REDIS_LOG, *self._options)]
 
     def names(self) -> list[str]:
         return [name.decode() for name in ask(self.port, b"KEYS", b"*")]
@@ -101,7 +98,7 @@ class RedisCluster(RemoteStore):
     def start(self) -> None:
         self.processes = [
             redis_server(
-                port, self._folder, self._logs, "--cluster-enabled", "yes", "--cluster-port", str(bus),
+                port, self._folder, self._logs / REDIS_LOG, "--cluster-enabled", "yes", "--cluster-port", str(bus),
                 "--cluster-config-file", f"nodes-{port}.conf", "--cluster-node-timeout", "2000",
             )
             for port, bus in zip(self._ports, self._buses, strict=True)
@@ -115,10 +112,11 @@ class RedisCluster(RemoteStore):
                     ask(port, b"CLUSTER", b"MEET", *first)
             self._made = True
         until(
+            "the cluster is not made",
             lambda: all(
                 b"cluster_state:ok" in (info := ask(port, b"CLUSTER", b"INFO")) and b"cluster_known_nodes:3" in info
                 for port in self._ports
-            )
+            ),
         )
 
     def names(self) -> list[str]:
@@ -151,7 +149,7 @@ class S3Server(RemoteStore):
         env = {"INITIAL_NO_AUTH_ACTION_COUNT": "4"} if self._closed else {}
         command: list[str | Path] = [program, "-H", "127.0.0.1", "-p", self.url.rpartition(":")[2]]
         self.processes = [Process("moto", command, self._logs / "moto.log", env)]
-        until(self._listens, self.processes[0])
+        until("it does not listen", self._listens, process=self.processes[0])
         self._call("PUT", f"/{BUCKET}")
 
     def make_key(self) -> tuple[str, str]:
@@ -197,7 +195,7 @@ class S3Server(RemoteStore):
 
 
 def need_redis() -> None:
-    if not REDIS.exists():
+    if not PROGRAM.exists():
         _make("Redis", [ROOT / "scripts" / "redis.sh", ROOT / "target" / "redis"])
 
 
@@ -211,49 +209,3 @@ def _make(name: str, command: list[str | Path]) -> None:
         # Loud: the summary of pytest shows the reason, and the warning is printed in any case.
         warnings.warn(f"SKIPPED: {name} cannot be had: {made.stderr}", stacklevel=2)
         pytest.skip(f"{name} cannot be had: {made.stderr.strip()[-200:]}")
-
-
-def redis_server(port: int, folder: Path, logs: Path, *options: str) -> Process:
-    flags: list[str | Path] = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder, *options]
-    process = Process("redis", [REDIS, *flags], logs / "remote-redis.log")
-
-    def answers() -> bool:
-        with contextlib.suppress(OSError):
-            ask(port, b"PING")
-            return True
-        return False
-
-    until(answers, process)
-    return process
-
-
-def ask(port: int, *words: bytes) -> Any:
-    """Sends a command to a Redis, and returns the answer; the text of an error, if the answer is one."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as link, link.makefile("rwb") as file:
-        file.write(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words))
-        file.flush()
-        return _answer(file)
-
-
-def _answer(file: BufferedRWPair[Any, Any]) -> Any:
-    line = file.readline().rstrip(b"\r\n")
-    kind, rest = line[:1], line[1:]
-    if kind == b"$":
-        return file.read(int(rest) + 2)[:-2] if int(rest) >= 0 else None
-    if kind == b"*":
-        return [_answer(file) for _ in range(int(rest))]
-    if kind == b":":
-        return int(rest)
-    if not kind:
-        raise ConnectionError("Redis has closed the connection")
-    return rest
-
-
-def until(true: Callable[[], object], process: Process | None = None, bound_s: float = START_BOUND_S) -> None:
-    """Waits until `true()` is true. Fails after `bound_s`, or if the process has ended."""
-    deadline = time.monotonic() + bound_s
-    while not true():
-        if process is not None and not process.alive:
-            raise process.failure("did not start")
-        assert time.monotonic() < deadline, f"it does not happen within {bound_s:g} s"
-        time.sleep(0.05)

@@ -6,8 +6,7 @@ import contextlib
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.client import call, get_json, post_json
@@ -17,6 +16,7 @@ from harness.pair import BUFFER_BYTES
 from harness.ports import free_port
 from harness.process import Process
 from harness.sidecar import ROOT
+from harness.waiting import until
 
 ROUTERS = ROOT / "target" / "routers-venv"
 EXAMPLES = ROOT / "target" / "example-proxies"
@@ -43,7 +43,7 @@ def running_vllm_router(routers: Path, prefill: Engine, decode: Engine, logs: Pa
     process = Process("vllm-router", command, logs / "vllm-router.log")
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(f"{url}/v1/models"), process)
+        until("not ready", lambda: answers(f"{url}/v1/models"), process=process)
         yield url
     finally:
         process.stop()
@@ -66,7 +66,7 @@ def running_sglang_router(routers: Path, prefill: Engine, decode: Engine, logs: 
     url = f"http://127.0.0.1:{port}"
     try:
         # The router has no worker until it has asked both engines for their properties.
-        until(lambda: answers(f"{url}/readiness"), process)
+        until("not ready", lambda: answers(f"{url}/readiness"), process=process)
         yield url
     finally:
         process.stop()
@@ -88,7 +88,7 @@ def running_production_stack(command: str, prefill: Engine, decode: Engine, logs
     process = Process("production-stack", [*shlex.split(command), *arguments], logs / "production-stack.log")
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(f"{url}/health"), process, START_BOUND_S)
+        until("not ready", lambda: answers(f"{url}/health"), process=process, bound_s=START_BOUND_S)
         yield url
     finally:
         process.stop()
@@ -158,7 +158,7 @@ def _running_example(program: Sequence[str | Path], arguments: list[str], path: 
     process = Process(name, command, logs / f"{name}.log", {"OPENAI_API_KEY": "none"})
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: answers(f"{url}/{path}"), process, START_BOUND_S)
+        until("not ready", lambda: answers(f"{url}/{path}"), process=process, bound_s=START_BOUND_S)
         yield url
     finally:
         process.stop()
@@ -180,11 +180,3 @@ def answers(url: str) -> bool:
         return call(url, timeout_s=2.0)[0] == 200
     except OSError:
         return False
-
-
-def until(condition: Callable[[], bool], process: Process, bound_s: float = BOUND_S) -> None:
-    deadline = time.monotonic() + bound_s
-    while not condition():
-        if not process.alive or time.monotonic() > deadline:
-            raise process.failure(f"not ready after {bound_s:g} s")
-        time.sleep(0.05)

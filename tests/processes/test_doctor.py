@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from harness.process import Process
 from harness.proxy import Proxy
 from harness.scripted import JsonHandler, serving
 from harness.sidecar import BINARIES, Sidecar, SidecarOptions
+from harness.waiting import until
 from test_groups import LAYOUT, hello
 from test_keys import Fleet
 from test_two_hosts import OUR_END, end, other_host
@@ -97,13 +98,6 @@ class Running:
         """Writes the configuration of a sidecar that does not run, and returns its path."""
         changes = {"keys": {"proxy": self.proxy.registration, "engine_url": self.engine}} | changes
         return Sidecar(self.options(role, **changes), folder, folder, name=f"idle-{role}").configure()
-
-
-def until(what: str, is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -24,6 +23,7 @@ from harness.ports import free_port
 from harness.process import Process
 from harness.proxy import Proxy
 from harness.sidecar import NO_PUSH, ROOT, Sidecar, SidecarOptions
+from harness.waiting import until
 from test_keys import Fleet
 
 ETCD = Path(os.environ.get("ETCD", ROOT / "target" / "etcd" / "usr" / "bin" / "etcd"))
@@ -96,13 +96,6 @@ class Load:
         return f"no proxy takes it: {tried}"
 
 
-def until(what: Callable[[], str], is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_true():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.05)
-
-
 def test_a_fleet_gets_keys_without_a_failed_request(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path)
     roles = {"s0": "sender", "s1": "sender", "r0": "receiver", "r1": "receiver"}
@@ -142,7 +135,7 @@ def test_a_fleet_gets_keys_without_a_failed_request(tmp_path: Path) -> None:
         def moved() -> int:
             return sum(engine.bytes_checked for engine in engines.values())
 
-        until(lambda: str([ready(proxy) for proxy in proxies.values()]), whole)
+        until(lambda: str([ready(proxy) for proxy in proxies.values()]), whole, bound_s=BOUND_S)
         load = Load(list(proxies.values()))
         threads = [threading.Thread(target=load.run, daemon=True) for _ in range(CLIENTS)]
         for thread in threads:
@@ -164,11 +157,15 @@ def test_a_fleet_gets_keys_without_a_failed_request(tmp_path: Path) -> None:
                         side.options = replace(side.options, keys={**side.options.keys, **fleet.settings(name, auth)})
                         side.start()
                     # The next process is restarted only when all are back, and KV moves to both decode sides again.
-                    until(lambda: str([ready(proxy) for proxy in proxies.values()]), whole)
+                    until(lambda: str([ready(proxy) for proxy in proxies.values()]), whole, bound_s=BOUND_S)
                     for decode in (engines["r0"], engines["r1"]):
                         before = decode.bytes_checked
-                        until(lambda: f"no KV: {load.failures} {decode.alone}", lambda: decode.bytes_checked > before)  # noqa: B023
-            until(lambda: f"only {load.answered} requests", lambda: load.answered > LEAST)
+                        until(
+                            lambda: f"no KV: {load.failures} {decode.alone}",  # noqa: B023
+                            lambda: decode.bytes_checked > before,  # noqa: B023
+                            bound_s=BOUND_S,
+                        )
+            until(lambda: f"only {load.answered} requests", lambda: load.answered > LEAST, bound_s=BOUND_S)
         finally:
             load.stop.set()
             for thread in threads:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 from harness.client import call, post_json
 from harness.proxy import Proxy
 from harness.sidecar import BINARIES, CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+from harness.waiting import until
 from test_groups import GROUPS, LAYOUT, Pair, hello, keys
 
 from pd_sidecar.client import Client
@@ -53,13 +54,6 @@ class Fleet:
             "roster": str(self.folder / "roster.yaml"),
             "checksum": True,
         }
-
-
-def until(what: str, is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def port_event(sidecar: Sidecar, event: str) -> float:

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from harness.process import Process
 from harness.sidecar import BINARIES, NO_PUSH, ROOT, Sidecar, SidecarOptions
+from harness.waiting import until
 from test_groups import LAYOUT, Pair, hello
-from test_keys import until
 from test_two_hosts import ip
 
 from pd_sidecar.client import Client

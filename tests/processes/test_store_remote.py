@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness.remote_stores import RedisCluster, RedisServer, RemoteStore, S3Server, ask, until
+from harness.redis import ask
+from harness.remote_stores import RedisCluster, RedisServer, RemoteStore, S3Server
 from harness.sidecar import BINARIES
 from harness.store import Store
+from harness.waiting import until
 
 from pd_sidecar.store.client import Bounds, StoreClient
 
@@ -99,8 +101,8 @@ def away(store: Store, operation: str) -> bool:
 
 
 def wait_stored(store: Store, count: int) -> None:
-    until(lambda: outcome(store, "put", "stored") >= count)
-    until(lambda: store.metrics().sum("pd_store_remote_waiting_bytes") == 0)
+    until("the values are not put", lambda: outcome(store, "put", "stored") >= count)
+    until("values still wait", lambda: store.metrics().sum("pd_store_remote_waiting_bytes") == 0)
 
 
 def test_what_one_store_puts_another_store_serves(remote: RemoteStore, logs: Path) -> None:
@@ -164,7 +166,7 @@ def test_a_remote_store_that_hangs_or_dies_costs_only_its_values(
         else:
             remote.stop()
         try:
-            # What is in memory is served while look-ups wait for the remote store.
+            # Values in memory are served while look-ups wait for the remote store.
             absent = [f"absent-{ending.name}@{at}".encode() for at in range(200)]
             found: list[bool] = []
             asking = threading.Thread(target=lambda: found.extend(client.exists(absent)))
@@ -177,13 +179,13 @@ def test_a_remote_store_that_hangs_or_dies_costs_only_its_values(
             assert found == [False] * 200
             assert rounds or ending == signal.SIGKILL
             # Enough failures begin a pause, in which the remote store is not asked.
-            until(lambda: client.exists(absent[:4]) and away(store, "get"))
+            until("reads do not pause", lambda: client.exists(absent[:4]) and away(store, "get"))
             assert outcome(store, "get", "timeout") + outcome(store, "get", "failed") >= 3
             # More than may wait is dropped. All is in memory.
             late = values_of(f"late-{ending.name}", 20, MIB // 2)
             put(client, late)
             assert all(get(client, late))
-            until(lambda: outcome(store, "put", "full") >= 8)
+            until("no value was dropped", lambda: outcome(store, "put", "full") >= 8)
             assert 0 < store.metrics().sum("pd_store_remote_waiting_bytes") <= 4 * MIB
         finally:
             if ending == signal.SIGSTOP:
@@ -191,8 +193,11 @@ def test_a_remote_store_that_hangs_or_dies_costs_only_its_values(
             else:
                 remote.start()
         stored = outcome(store, "put", "stored")
-        until(lambda: client.exists(absent[:1]) and store.metrics().sum("pd_store_remote_away") == 0)
-        until(lambda: outcome(store, "put", "stored") > stored)
+        until(
+            "the remote store stays away",
+            lambda: client.exists(absent[:1]) and store.metrics().sum("pd_store_remote_away") == 0,
+        )
+        until("no value is put again", lambda: outcome(store, "put", "stored") > stored)
         last = values_of(f"last-{ending.name}", 5)
         stored = outcome(store, "put", "stored")
         put(client, last)
@@ -208,7 +213,7 @@ def test_a_full_redis_still_serves(tmp_path: Path, logs: Path) -> None:
         values = values_of("full", 60)
         with store_above(remote, logs) as (store, client):
             put(client, values)
-            until(lambda: away(store, "put"))
+            until("puts do not pause", lambda: away(store, "put"))
             stored = outcome(store, "put", "stored")
             assert 5 < stored < 40
             assert all(get(client, values))
@@ -234,7 +239,7 @@ def test_a_value_ends_in_the_remote_store(remote: RemoteStore, logs: Path) -> No
         store.kill()
     with store_above(remote, logs, "--remote-prefix", "ending") as (store, client):
         # A value that was read while it lived ends in memory, too.
-        until(lambda: client.exists(list(values)) == [False])
+        until("the values stay", lambda: client.exists(list(values)) == [False])
         assert get(client, values) == [False]
         metrics = store.metrics()
         ended = metrics.sum("pd_store_requests", outcome="expired") + outcome(store, "get", "expired")
@@ -271,7 +276,7 @@ def test_credentials_are_used_and_never_shown(tmp_path: Path, logs: Path) -> Non
         values = values_of("wrong password", 5)
         with store_above(remote, logs, *wrong[2:]) as (store, client):
             put(client, values)
-            until(lambda: away(store, "put"))
+            until("puts do not pause", lambda: away(store, "put"))
             assert all(get(client, values))
             assert store.process is not None
             assert "hunter2" not in store.process.output()

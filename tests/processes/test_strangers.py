@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ import pytest
 import zmq
 from harness.client import call
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, Sidecar, SidecarOptions
+from harness.waiting import until
 
 from pd_sidecar.client import Client, Lost
 from pd_sidecar.sidecar.connection import Connection
@@ -80,13 +81,6 @@ class Sides:
                 elif isinstance(message, Ended) and message.req == req:
                     ends["decode"] = message.reason
         return ends["prefill"], ends["decode"]
-
-
-def until(what: str, is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not is_true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def refusal(sidecar: Sidecar, greeting: Hello) -> str:

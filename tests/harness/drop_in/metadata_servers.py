@@ -11,10 +11,10 @@ from pathlib import Path
 from harness.logs import LOGS
 from harness.ports import free_port
 from harness.process import Process
+from harness.redis import PROGRAM, redis_server
 from harness.sidecar import ROOT
 
 ETCD = Path(os.environ.get("ETCD", ROOT / "target" / "etcd" / "usr" / "bin" / "etcd"))
-REDIS = Path(os.environ.get("REDIS", ROOT / "target" / "redis" / "redis-server"))
 
 
 @contextmanager
@@ -34,10 +34,9 @@ def etcd(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def redis(folder: Path) -> Iterator[str]:
-    if not REDIS.exists():
+    if not PROGRAM.exists():
         subprocess.run([ROOT / "scripts" / "redis.sh", ROOT / "target" / "redis"], check=True, timeout=120)
     port = free_port()
-    flags: list[str | Path] = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-    process = Process("redis", [REDIS, *flags], LOGS / "redis.log")
+    process = redis_server(port, folder, LOGS / "redis.log")
     yield f"redis://127.0.0.1:{port}"
     process.stop()

@@ -7,7 +7,6 @@ variables.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +18,7 @@ from harness.drop_in.metadata_servers import etcd, redis
 from harness.logs import LOGS
 from harness.ports import free_ports
 from harness.proxy import Proxy
+from harness.waiting import until
 
 from pd_sidecar.sidecar.wire import Target
 
@@ -60,7 +60,7 @@ def test_the_file_is_enough(tmp_path: Path, backend: str, server: Callable[..., 
                 # Both sidecars find a proxy that starts after them, and then a second proxy in its place.
                 proxy._flags = ["--mooncake", str(file)]
                 proxy.start()
-                until(lambda proxy=proxy: len(registered(proxy)) == 2, "both sidecars at the proxy")  # type: ignore[misc]
+                until("both sidecars are not at the proxy", lambda proxy=proxy: len(registered(proxy)) == 2)  # type: ignore[misc]
                 assert registered(proxy) == {"prefill": [], "decode": [decode + 9]}
                 if proxy is proxies[0]:
                     proxy.stop()
@@ -79,10 +79,3 @@ def test_the_file_is_enough(tmp_path: Path, backend: str, server: Callable[..., 
 
 def registered(proxy: Proxy) -> dict[str, list[int]]:
     return {str(i["role"]): list(i["init_ports"]) for i in proxy.instances()}
-
-
-def until(condition: Callable[[], bool], what: str, bound_s: float = 60.0) -> None:
-    deadline = time.monotonic() + bound_s
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
