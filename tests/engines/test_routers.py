@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from harness.client import Answer, complete, get_json, post, post_json
 from harness.engine import Engine, EngineOptions, wait_for
+from harness.metrics import PromptTokens
 from harness.model import KV_BYTES_PER_TOKEN, write_model
 from harness.pair import BUFFER_BYTES, Pair, check_tokens
 from harness.process import ended_by_signals
@@ -36,8 +37,8 @@ from harness.routers import (
     running_vllm_router,
 )
 from harness.sidecar import BINARIES, ROOT
+from harness.waiting import BOUND_S, until
 
-BOUND_S = 60.0
 TOKENS = 24
 
 # Command of the router of vLLM's production-stack, which is in no package registry. docs/routers.md has an example.
@@ -65,11 +66,8 @@ class Router:
         check_tokens(pair.prompt_tokens_since(before, len(tokens)), len(tokens))
         counted = pair.prompt_tokens_since(prefilled, len(tokens), engine=pair.prefill)
         assert counted.computed == len(tokens)
-        deadline = time.monotonic() + BOUND_S
-        while len(records := pair.receiver.records()) == seen:
-            assert time.monotonic() < deadline, "the receiver has no record of the request"
-            time.sleep(0.02)
-        record = records[-1]
+        until("the receiver has no record of the request", lambda: len(pair.receiver.records()) > seen)
+        record = pair.receiver.records()[-1]
         assert (record["reason"], record["bytes"]) == (None, len(tokens) * KV_BYTES_PER_TOKEN), record
         # The two sidecars know the request by the decode engine's id.
         assert pair.sender.record(record["req"])["bytes"] == record["bytes"]
@@ -130,8 +128,11 @@ def test_sglang_router_hands_nothing_over(routers: Path, pair: Pair, reference: 
     assert (spent.computed, spent.external) == (tokens, 0), spent
     assert pair.decode.skipped()["no_params"] == skipped + 1
     # The prefill engine computes the same prompt, and the whole answer, too.
-    wait(lambda: (pair.prefill.prompt_tokens() - prefilled).computed == tokens)
-    wait(lambda: pair.prefill.metrics().sum("vllm:generation_tokens_total") - generated == 8)
+    until("the prompt was not computed twice", lambda: (pair.prefill.prompt_tokens() - prefilled).computed == tokens)
+    until(
+        "the whole answer was not generated twice",
+        lambda: pair.prefill.metrics().sum("vllm:generation_tokens_total") - generated == 8,
+    )
 
 
 def test_an_engine_that_keeps_kv_idles(fetching: Pair) -> None:
@@ -169,9 +170,12 @@ def test_push_mode(fetching: Pair, reference: Reference, logs: Path) -> None:
     spent = pair.prompt_tokens_since(before, len(tokens))
     assert (spent.computed, spent.external) == (len(tokens), 0), spent
     # The prefill leg may end after the client's answer.
-    wait(lambda: (pair.prefill.prompt_tokens() - prefilled).computed == len(tokens))
+    until(
+        "the prefill engine did not compute the prompt",
+        lambda: (pair.prefill.prompt_tokens() - prefilled).computed == len(tokens),
+    )
     assert pair.decode.skipped()["not_ours"] == skipped + 1
-    wait(lambda: len(pair.sender.records()) > seen)
+    until("the sender has no record of the request", lambda: len(pair.sender.records()) > seen)
     record = pair.sender.records()[-1]
     assert (record["reason"], record["bytes"]) == ("unclaimed", 0), record
 
@@ -191,17 +195,23 @@ class Flagged:
         before, prefilled = self.decode.prompt_tokens(), self.prefill.prompt_tokens()
         seen = len(received(self.decode))
         assert send(tokens) == expect
-        wait(lambda: sum_of(self.decode) - sum(vars(before).values()) >= len(tokens))
+        until_counted(self.decode, before, len(tokens))
         check_tokens(self.decode.prompt_tokens() - before, len(tokens))
-        wait(lambda: sum_of(self.prefill) - sum(vars(prefilled).values()) >= len(tokens))
+        until_counted(self.prefill, prefilled, len(tokens))
         assert (self.prefill.prompt_tokens() - prefilled).computed == len(tokens)
-        wait(lambda: len(received(self.decode)) > seen)
+        until("the receiver has no record of the request", lambda: len(received(self.decode)) > seen)
         record = received(self.decode)[-1]
         assert (record["reason"], record["bytes"]) == (None, len(tokens) * KV_BYTES_PER_TOKEN), record
 
 
-def sum_of(engine: Engine) -> int:
-    return int(sum(vars(engine.prompt_tokens()).values()))
+def until_counted(engine: Engine, before: PromptTokens, tokens: int) -> None:
+    """Returns when the engine has counted `tokens` more prompt tokens than `before`."""
+    goal = sum(vars(before).values()) + tokens
+    until(
+        "the engine did not count the prompt",
+        lambda: sum(vars(engine.prompt_tokens()).values()) >= goal,
+        process=engine.process,
+    )
 
 
 def received(engine: Engine) -> list[dict[str, Any]]:
@@ -324,7 +334,7 @@ def test_an_engine_stops_when_its_kept_kv_is_fetched(flagged: Flagged) -> None:
     def send(tokens: list[int]) -> list[int]:
         told = prefill_leg(flagged.prefill, tokens)
         process.signal(signal.SIGTERM)
-        wait(lambda: "start mode=drain" in process.output())
+        until("the engine core did not begin to drain", lambda: "start mode=drain" in process.output(), process=process)
         return complete(flagged.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told).token_ids
 
     tokens = prompt(300, seed=195)
@@ -332,12 +342,12 @@ def test_an_engine_stops_when_its_kept_kv_is_fetched(flagged: Flagged) -> None:
     flagged.decode.reset_prefix_cache()
     before = flagged.decode.prompt_tokens()
     assert send(tokens) == expect
-    wait(lambda: sum_of(flagged.decode) - sum(vars(before).values()) >= len(tokens))
+    until_counted(flagged.decode, before, len(tokens))
     check_tokens(flagged.decode.prompt_tokens() - before, len(tokens))
     process.wait(BOUND_S)
     assert "no decode side has fetched" not in process.output()
     (socket,) = re.findall(r"waiting for the engine socket=(\S+)", process.output())
-    wait(lambda: not list(Path(socket).parent.glob(f"{Path(socket).name}*")))
+    until("the sidecar's socket is left", lambda: not list(Path(socket).parent.glob(f"{Path(socket).name}*")))
 
 
 def cores_used(pair: Pair) -> tuple[float, float]:
@@ -359,10 +369,3 @@ def legs(pair: Pair, tokens: list[int]) -> dict[str, object]:
 def decode_leg(pair: Pair, tokens: list[int], told: dict[str, object]) -> None:
     body = {"model": "m", "prompt": tokens, "max_tokens": 1, "kv_transfer_params": told}
     post_json(f"{pair.decode.url}/v1/completions", body)
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not true after {BOUND_S:g} s"
-        time.sleep(0.02)
