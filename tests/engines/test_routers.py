@@ -6,6 +6,7 @@ The prefill engine keeps the KV, and the decode side's sidecar fetches the KV.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.client import Answer, complete, get_json, post, post_json
+from harness.client import Answer, call, complete, get_json, post, post_json
 from harness.engine import Engine, EngineOptions, wait_for
 from harness.metrics import PromptTokens
 from harness.model import KV_BYTES_PER_TOKEN, write_model
@@ -47,6 +48,9 @@ PRODUCTION_STACK = os.environ.get("PD_TEST_PRODUCTION_STACK")
 # Maximum CPU use of an engine and of its sidecar while KV is kept, in cores, and the seconds for which it is measured.
 IDLE_CORES = (0.05, 0.01)
 MEASURED_S = 4.0
+
+# Seconds after which an engine core that does not begin to drain has not seen the signal.
+UNSEEN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,29 @@ class Flagged:
         assert (record["reason"], record["bytes"]) == (None, len(tokens) * KV_BYTES_PER_TOKEN), record
 
 
+def until_draining(engine: Engine) -> None:
+    """Returns when an engine that got SIGTERM has begun to drain.
+
+    Python does not see a signal that comes in the moment in which its main thread begins to wait for a lock. vLLM's
+    engine core then waits for its next request, and sees the signal after it. So this function sends requests.
+    """
+    process = engine.process
+    assert process is not None
+    told = "send sigterm to process EngineCore"
+    until("the API server did not tell the engine core to end", lambda: told in process.output(), process=process)
+    begun = time.monotonic()
+
+    def drains() -> bool:
+        if "start mode=drain" in process.output():
+            return True
+        if time.monotonic() > begun + UNSEEN_S:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                call(f"{engine.url}/v1/completions", {"model": "m", "prompt": [1], "max_tokens": 1}, timeout_s=1.0)
+        return False
+
+    until("the engine core did not begin to drain", drains, process=process)
+
+
 def until_counted(engine: Engine, before: PromptTokens, tokens: int) -> None:
     """Returns when the engine has counted `tokens` more prompt tokens than `before`."""
     goal = sum(vars(before).values()) + tokens
@@ -334,7 +361,7 @@ def test_an_engine_stops_when_its_kept_kv_is_fetched(flagged: Flagged) -> None:
     def send(tokens: list[int]) -> list[int]:
         told = prefill_leg(flagged.prefill, tokens)
         process.signal(signal.SIGTERM)
-        until("the engine core did not begin to drain", lambda: "start mode=drain" in process.output(), process=process)
+        until_draining(flagged.prefill)
         return complete(flagged.decode.url, tokens, max_tokens=TOKENS, kv_transfer_params=told).token_ids
 
     tokens = prompt(300, seed=195)
