@@ -12,7 +12,7 @@ import aiohttp
 from bench.figures import median
 
 from gpu.setting import Setting
-from gpu.stacks import REQUEST_S, Handover, Ours, Stack, client
+from gpu.stacks import FIRST_REQUEST_S, REQUEST_S, Handover, Ours, Stack, client
 
 ANSWER = 16
 LOAD_ANSWER = 64
@@ -47,17 +47,18 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
     results: dict[str, Any] = {stack.name: {} for stack in stacks}
     failed: dict[str, str] = {}
     order = random.Random(len(stacks))
-    async with client() as session:
+    async with client(FIRST_REQUEST_S) as session:
         for tokens in lengths:
             rows: dict[str, list[Handover]] = {stack.name: [] for stack in stacks}
             prefill = {stack.name: _prefill_s(stack) for stack in stacks}
-            for _ in range(rounds + 1):
+            for turn in range(rounds + 1):
                 prompt = prompts.next(tokens)
                 for stack in order.sample(stacks, len(stacks)):
                     if stack.name not in failed:
                         await asyncio.sleep(PAUSE_S)
                         try:
-                            rows[stack.name].append(await stack.complete(session, prompt, ANSWER))
+                            async with asyncio.timeout(REQUEST_S if turn else FIRST_REQUEST_S):
+                                rows[stack.name].append(await stack.complete(session, prompt, ANSWER))
                         except (OSError, RuntimeError, TimeoutError, aiohttp.ClientError) as error:
                             failed[stack.name] = f"{type(error).__name__}: {error}"[:300]
             for stack in stacks:
@@ -88,7 +89,7 @@ async def latency(stacks: Sequence[Stack], lengths: Sequence[int], rounds: int, 
 
 async def warm_up(stack: Stack, prompts: Prompts) -> None:
     """Sends two requests, so that new engines connect and compile before the measurement."""
-    async with client() as session:
+    async with client(FIRST_REQUEST_S) as session:
         for _ in range(2):
             await stack.complete(session, prompts.next(LOAD_TOKENS), ANSWER)
 

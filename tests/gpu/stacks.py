@@ -25,6 +25,9 @@ from gpu.setting import UCX, Setting
 # The time limit of a request. A request needs less than a tenth of this time; only a stack that hangs reaches the
 # limit.
 REQUEST_S = 25.0
+# The time limit of a request that may be the first of its length: vLLM compiles kernels for it. Those of gated delta
+# nets take longer than `REQUEST_S`.
+FIRST_REQUEST_S = 180.0
 
 
 @dataclass
