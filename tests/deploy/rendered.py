@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from harness.sidecar import BINARIES, ROOT
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 FOLDERS = ["base", *sorted(f"overlays/{path.parent.name}" for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))]
+# Overlays for another router: they have no pd-proxy. The router's programs are not ours.
+OTHER_ROUTERS = ["overlays/dynamo", "overlays/llm-d"]
+WITH_PROXY = [folder for folder in FOLDERS if folder not in OTHER_ROUTERS]
 RENDER_BOUND_S = 120.0
 
 POD_IP = "10.0.0.9"
@@ -89,6 +93,11 @@ def pod(folder: str, component: str) -> Pod:
     return found
 
 
+def components(folder: str) -> list[str]:
+    """Returns the components whose programs are ours."""
+    return ["prefill", "decode", *(["proxy"] if folder in WITH_PROXY else [])]
+
+
 def _templates(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Manifest]]:
     """Yields each mapping that contains containers of a pod, with the names of the entries that lead to it."""
     if isinstance(value, dict):
@@ -108,6 +117,46 @@ def config_files(folder: str) -> dict[str, str]:
     (found,) = (m for m in manifests(folder) if m["kind"] == "ConfigMap" and m["metadata"]["name"] == "pd-sidecar")
     data: dict[str, str] = found["data"]
     return data
+
+
+@functools.cache
+def checked(folder: str, component: str) -> Manifest:
+    """Returns what `sidecar check-config` says of a rendered configuration, with the environment of its container."""
+    found = pod(folder, component)
+    container = found.container("sidecar")
+    program, config, *arguments = command(container)
+    assert program == "sidecar"
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        (here / "config").mkdir()
+        moved = mount(found, container, _secrets_once(), here / "pod") | {"/etc/pd-sidecar": here / "config"}
+        for file, text in config_files(folder).items():
+            (here / "config" / file).write_text(at_home(text, moved))
+        variables = environment(container, f"pd-{component}-0")
+        file = at_home(config.removeprefix("--config="), moved)
+        done = subprocess.run(
+            [BINARIES / "sidecar", "check-config", file, "--json", *arguments],
+            env={key: at_home(value, moved) for key, value in variables.items()},
+            capture_output=True,
+            text=True,
+            timeout=RENDER_BOUND_S,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    answer: Manifest = json.loads(done.stdout)
+    return answer
+
+
+def settings(folder: str, component: str) -> dict[str, str]:
+    """Returns the values that a sidecar takes from its configuration and its environment."""
+    return {entry["key"]: entry["value"] for entry in checked(folder, component)["values"]}
+
+
+def at_home(text: str, folders: dict[str, Path]) -> str:
+    """Replaces the paths of a pod by those of this host."""
+    for mounted, folder in folders.items():
+        text = text.replace(mounted, str(folder))
+    return text
 
 
 def environment(container: Manifest, name: str = "pod-0") -> dict[str, str]:
@@ -156,6 +205,12 @@ def secrets(folder: Path) -> dict[str, dict[str, bytes]]:
     return made
 
 
+@functools.cache
+def _secrets_once() -> dict[str, dict[str, bytes]]:
+    with tempfile.TemporaryDirectory() as name:
+        return secrets(Path(name))
+
+
 def _joined(words: list[str]) -> list[str]:
     """Joins the words of each `$(...)`."""
     joined: list[str] = []
@@ -195,9 +250,3 @@ def port(container: Manifest, name: str | int) -> int:
         return name
     number: int = next(port["containerPort"] for port in container["ports"] if port["name"] == name)
     return number
-
-
-def write_config(folder: str, target: Path) -> None:
-    """Writes the files of the config map, as a pod's volume would show them."""
-    for name, text in config_files(folder).items():
-        (target / name).write_text(text)

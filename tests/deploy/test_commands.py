@@ -9,7 +9,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,37 +17,29 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
-from harness.client import call
 from harness.ports import free_port
 from harness.process import Process
 from harness.scripted import JsonHandler, serving
 from harness.sidecar import BINARIES, CHUNK_TOKENS
 from harness.waiting import until
+from parts import BOUND_S, LAYOUT, Parts, answers
 from rendered import (
     FOLDERS,
-    Manifest,
-    Pod,
+    checked,
     command,
-    config_files,
     environment,
     manifests,
-    mount,
     pod,
     port,
     secret_mounts,
-    secrets,
-    write_config,
+    settings,
 )
 
-from pd_sidecar.client import Client
-from pd_sidecar.sidecar.wire import Granted, Hello, Layout, Ready, Target
+from pd_sidecar.sidecar.wire import Granted, Ready, Target
 from pd_sidecar.store.client import Bounds, StoreClient, address_of
 
-BOUND_S = 60.0
 # A process that has nothing to do ends sooner than its drain would end (10 s, or 30 s for the proxy).
 IDLE_END_S = 9.0
-LAYOUT = Layout("tiny", "bfloat16", 2, 2, 16, False, CHUNK_TOKENS)
 ROLES = {"prefill": "producer", "decode": "consumer"}
 
 # Reads a list of command lines, and prints what vLLM's own parser makes of each.
@@ -70,35 +61,21 @@ sides = pytest.mark.parametrize("component", ["prefill", "decode"])
 
 @everywhere
 @sides
-def test_check_config(folder: str, component: str, tmp_path: Path) -> None:
-    """The sidecar accepts its configuration with the environment of its container, and uses the pod's own address."""
-    write_config(folder, tmp_path)
-    found = pod(folder, component)
-    container = found.container("sidecar")
-    program, *arguments = command(container)
-    assert program == "sidecar"
-    (file,) = (word.removeprefix("--config=/etc/pd-sidecar/") for word in arguments)
-    text = (tmp_path / file).read_text()
-    for path, mounted in mount(found, container, secrets(tmp_path), tmp_path / "pod").items():
-        assert path in text
-        text = text.replace(path, str(mounted))
-    (tmp_path / file).write_text(text)
+def test_check_config(folder: str, component: str) -> None:
+    """The sidecar accepts its configuration with the environment of its container, and uses the pod's own address. Its
+    channels have the ports of the container.
+    """
+    container = pod(folder, component).container("sidecar")
     variables = environment(container, f"pd-{component}-0")
-    done = subprocess.run(
-        [BINARIES / "sidecar", "check-config", tmp_path / file, "--json"],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=BOUND_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    values = {entry["key"]: entry["value"] for entry in json.loads(done.stdout)["values"]}
+    values = settings(folder, component)
     assert values["sidecar.advertise_host"] == variables["POD_IP"]
     assert values["sidecar.id"] == variables["PD_SIDECAR_ID"]
     assert (values["sidecar.auth"], values["sidecar.insecure"]) == ("require", "false")
-    admin = values["sidecar.admin"].rpartition(":")[2]
-    assert port(container, "admin") == int(admin)
+    ports = {each["name"]: str(each["containerPort"]) for each in container["ports"]}
+    channels = {each["channel"]: each["address"].rpartition(":")[2] for each in checked(folder, component)["channels"]}
+    ours = {name: number for name, number in channels.items() if name not in ("local", "registration")}
+    # With CUDA IPC alone no sidecar listens for data.
+    assert ours.items() <= ports.items() and ports.keys() - ours.keys() <= {"data"}
 
 
 def test_arguments_of_the_engines() -> None:
@@ -106,19 +83,26 @@ def test_arguments_of_the_engines() -> None:
     sides = [(folder, component) for folder in FOLDERS for component in ROLES]
     engines = [pod(folder, component).container("engine") for folder, component in sides]
     commands = [command(engine) for engine in engines]
-    assert {tuple(words[:2]) for words in commands} == {("vllm", "serve")}
+    # A worker of Dynamo takes the flags of vLLM, and flags of its own.
+    starts = {("vllm", "serve"): 2, ("python3", "-m", "dynamo.vllm"): 3}
+    for number, words in enumerate(commands):
+        (skipped,) = (count for start, count in starts.items() if tuple(words[:count]) == start)
+        commands[number] = [word for word in words[skipped:] if not word.startswith("--disaggregation-mode=")]
+    # Most overlays have the arguments of the base.
+    unique = list(dict.fromkeys(map(tuple, commands)))
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
-        input=json.dumps([words[2:] for words in commands]),
+        input=json.dumps(unique),
         capture_output=True,
         text=True,
-        timeout=120.0,
+        timeout=300.0,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    parsed = json.loads(done.stdout.splitlines()[-1])
-    for (folder, component), engine, (number, (ours, *others)) in zip(sides, engines, parsed, strict=True):
-        assert number == port(engine, "http")
+    parsed = dict(zip(unique, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    for (folder, component), engine, words in zip(sides, engines, commands, strict=True):
+        number, (ours, *others) = parsed[tuple(words)]
+        assert number == port(engine, "http") or engine["command"][0] != "vllm"
         assert ours["kv_role"] == f"kv_{ROLES[component]}"
         assert find_spec(ours["kv_connector_module_path"]) is not None
         for other in others:
@@ -130,13 +114,6 @@ def test_arguments_of_the_engines() -> None:
                 m["spec"] for m in manifests(folder) if m["metadata"]["name"] == host and m["kind"] == "Service"
             )
             assert [each["port"] for each in service["ports"]] == [port_of_store]
-
-
-def answers(url: str, status: int) -> bool:
-    try:
-        return call(url, timeout_s=20.0)[0] == status
-    except OSError:
-        return False
 
 
 def test_the_store_keeps_values(tmp_path: Path) -> None:
@@ -169,120 +146,6 @@ def test_the_store_keeps_values(tmp_path: Path) -> None:
             process.kill()
 
 
-class Parts:
-    """The proxy and the sidecars of a folder, started with the rendered arguments, but with ports that are free."""
-
-    def __init__(self, folder: str, tmp: Path, engine: str) -> None:
-        self.folder, self.tmp, self.engine = folder, tmp, engine
-        self.pods: dict[str, Pod] = {name: pod(folder, name) for name in ("proxy", *ROLES)}
-        self.ports: dict[int, int] = {}
-        self.processes: dict[str, Process] = {}
-        self.clients: dict[str, Client] = {}
-        self.mounts: dict[str, dict[str, Path]] = {}
-        write_config(folder, tmp)
-        made = secrets(tmp)
-        self.api_key, self.admin_key = (made["pd-proxy"][name].decode() for name in ("api", "admin"))
-        for component, found in self.pods.items():
-            self.mounts[component] = mount(found, self.container(component), made, tmp / "mounts" / component)
-
-    def container(self, component: str) -> Manifest:
-        return self.pods[component].container("proxy" if component == "proxy" else "sidecar")
-
-    def free(self, number: int) -> int:
-        """Returns the free port that takes the place of a port of the manifests."""
-        return self.ports.setdefault(number, free_port())
-
-    def start(self, component: str) -> None:
-        program, *arguments = command(self.container(component))
-        env = environment(self.container(component))
-        if component == "proxy":
-            arguments = [self._at_home(argument) for argument in arguments]
-        else:
-            env |= {
-                "PD_SIDECAR_ID": f"pd-{component}-0",
-                "PD_SIDECAR_ADVERTISE_HOST": "127.0.0.1",
-                "PD_SIDECAR_ENGINE_URL": self.engine,
-                "LMCACHE_PD_BUFFER_DEVICE": "cpu",
-                "PD_SIDECAR_TRANSPORT": "tcp",
-            }
-            arguments = [f"--config={self._config(component)}"]
-        self.processes[component] = Process(
-            component, [BINARIES / program, *arguments], self.tmp / f"{component}.log", env
-        )
-
-    def connect(self, component: str) -> None:
-        """Connects a client to the sidecar in the engine's place."""
-        hello = Hello(v=1, engine=component, role=component, rank=0, world_size=1, layout=LAYOUT)
-        self.clients[component] = Client.connect(str(self.socket(component)), hello, BOUND_S)
-
-    def socket(self, component: str) -> Path:
-        return self.tmp / component / "own" / "sidecar.sock"
-
-    def probe(self, component: str, name: str) -> int | None:
-        """Sends a probe as the manifest describes it. Returns the status; `None` if nothing listens."""
-        get = self.container(component)[name]["httpGet"]
-        number = self.free(port(self.container(component), get["port"]))
-        try:
-            return call(f"http://127.0.0.1:{number}{get['path']}", timeout_s=20.0)[0]
-        except OSError:
-            return None
-
-    def until(self, component: str, probe: str, status: int) -> None:
-        def answers() -> bool:
-            for client in self.clients.values():
-                client.poll()
-            return self.probe(component, probe) == status
-
-        until(f"{probe} does not answer {status}", answers, process=self.processes[component])
-
-    def end(self, component: str) -> float:
-        """Ends a process as a kubelet does. Returns the seconds that it took; fails if the exit code is not 0."""
-        process, started = self.processes[component], time.monotonic()
-        process.signal(signal.SIGTERM)
-        assert process.wait(self.pods[component].spec["terminationGracePeriodSeconds"]) == 0, process.tail()
-        return time.monotonic() - started
-
-    def close(self) -> None:
-        for client in self.clients.values():
-            client.close()
-        for process in self.processes.values():
-            process.kill()
-
-    def _at_home(self, argument: str) -> str:
-        flag, equals, value = argument.partition("=")
-        if value.startswith("0.0.0.0:"):
-            value = f"127.0.0.1:{self.free(int(value.rpartition(':')[2]))}"
-        return flag + equals + self.moved("proxy", value)
-
-    def moved(self, component: str, path: str) -> str:
-        """Returns a path of a secret's file as it is on this host."""
-        for mounted, folder in self.mounts[component].items():
-            path = path.replace(mounted, str(folder))
-        return path
-
-    def _config(self, component: str) -> Path:
-        """Writes the sidecar's configuration with free ports, the socket in `tmp`, and small buffers."""
-        name = f"{component}-sidecar.yaml"
-        values = yaml.safe_load(config_files(self.folder)[name])
-        for key in ("pd_peer_init_port", "pd_peer_alloc_port", "pd_proxy_port"):
-            if key in values:
-                values[key] = self.free(values[key])
-        ours = values["sidecar"]
-        ours["admin"] = "0.0.0.0:" + str(self.free(int(ours["admin"].rpartition(":")[2])))
-        if "tcp_port" in ours:
-            ours["tcp_port"] = self.free(ours["tcp_port"])
-        (self.tmp / component).mkdir()
-        # An emptyDir has this mode.
-        (self.tmp / component).chmod(0o777)
-        ours["socket"] = str(self.socket(component))
-        for key in ("key_file", "roster"):
-            ours[key] = self.moved(component, ours[key])
-        values |= {"pd_proxy_host": "127.0.0.1", "pd_buffer_size": 16 * LAYOUT.chunk_bytes}
-        file = self.tmp / name
-        file.write_text(json.dumps(values))
-        return file
-
-
 class Healthy(JsonHandler):
     """Answers 200 to each `GET`, as `/health` of an engine does."""
 
@@ -291,17 +154,20 @@ class Healthy(JsonHandler):
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Iterator[Parts]:
+def parts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Parts]:
     with serving(Healthy) as engine:
-        parts = Parts("base", tmp_path, f"http://{engine}")
+        parts = Parts(request.param, tmp_path, f"http://{engine}")
         try:
             yield parts
         finally:
             parts.close()
 
 
+@pytest.mark.parametrize("parts", ["base", "overlays/mooncake"], indirect=True)
 def test_a_pod_lives_and_ends(parts: Parts) -> None:
     """The probes answer as the manifests expect at each stage, in the order in which a cluster starts and ends pods."""
+    if parts.folder == "overlays/mooncake":
+        parts.start_metadata()
     parts.start("proxy")
     parts.until("proxy", "livenessProbe", 200)
     # The proxy is alive, but without a decode instance it is not ready.
@@ -341,10 +207,15 @@ def push(parts: Parts, tokens: int) -> bytes:
     """Pushes one chunk through the ports of the manifests. Returns the bytes that the decode side reads."""
     prefill, decode = parts.clients["prefill"], parts.clients["decode"]
     keys = ["tiny@1@0@1@bfloat16"]
-    config = yaml.safe_load(config_files(parts.folder)["decode-sidecar.yaml"])
-    init, alloc = (parts.free(config[f"pd_peer_{name}_port"]) for name in ("init", "alloc"))
+    init, alloc = (parts.free(port(parts.container("decode"), name)) for name in ("init", "alloc"))
     decode.await_("moves", keys, tokens=tokens, have_tokens=0, deadline_ms=30_000)
     prefill.reserve("moves", Target("127.0.0.1", init, alloc), keys, tokens=tokens, upto=tokens)
+    return moved(parts, "moves", "moves")
+
+
+def moved(parts: Parts, sent: str, wanted: str) -> bytes:
+    """Plays both engines. Returns the bytes of the first chunk that the decode side reads."""
+    prefill, decode = parts.clients["prefill"], parts.clients["decode"]
     read: list[bytes] = []
 
     def arrived() -> bool:
@@ -352,15 +223,58 @@ def push(parts: Parts, tokens: int) -> bytes:
             if isinstance(message, Granted):
                 for slot in message.slots:
                     prefill.slot(slot)[:] = b"kv" * (LAYOUT.chunk_bytes // 2)
-                prefill.staged("moves", message.chunks)
+                prefill.staged(sent, message.chunks)
         for message in decode.wait(0.02):
             if isinstance(message, Ready):
                 read.extend(bytes(decode.slot(slot)) for slot in message.slots)
-                decode.release("moves", message.chunks)
+                decode.release(wanted, message.chunks)
         return bool(read)
 
     until("no KV arrives", arrived, process=parts.processes["decode"])
     return read[0]
+
+
+@pytest.mark.parametrize("parts", ["overlays/llm-d"], indirect=True)
+def test_pods_of_another_router(parts: Parts) -> None:
+    """Without pd-proxy the sidecars are ready as soon as their engines are connected. The decode side fetches the KV of
+    a leg that names no receiver. The preStop hook of the prefill engine waits for KV that is not fetched yet.
+    """
+    for side in ROLES:
+        parts.start(side)
+        parts.until(side, "startupProbe", 200)
+        assert parts.probe(side, "readinessProbe") == 503
+        parts.connect(side)
+        parts.until(side, "readinessProbe", 200)
+    prefill, decode = parts.clients["prefill"], parts.clients["decode"]
+    keys, token = ["tiny@1@0@1@bfloat16"], "0123456789abcdef0123456789abcdef"
+    at = prefill.welcome.fetch
+    assert at is not None and at.port == parts.free(port(parts.container("prefill"), "fetch"))
+    prefill.keep("kept", token, keys, tokens=CHUNK_TOKENS, upto=CHUNK_TOKENS, keep_ms=60_000)
+    parts.until("prefill", "readinessProbe", 200)
+
+    hook = parts.pods["prefill"].container("engine")["lifecycle"]["preStop"]["exec"]["command"]
+    env = {"PD_SIDECAR_SOCKET": str(parts.socket("prefill"))}
+    drain = Process("drain", [BINARIES / hook[0], *hook[1:]], parts.tmp / "drain.log", env)
+    try:
+        parts.until("prefill", "readinessProbe", 503)
+        assert drain.alive, drain.tail()
+        decode.expect("wanted", token, at, epoch=prefill.welcome.epoch, keep_ms=60_000)
+        decode.await_("wanted", keys, tokens=CHUNK_TOKENS, have_tokens=0, deadline_ms=30_000)
+        assert moved(parts, "kept", "wanted") == b"kv" * (LAYOUT.chunk_bytes // 2)
+        until("the hook does not end", lambda: settled(parts) and not drain.alive, process=parts.processes["prefill"])
+        assert drain.wait(BOUND_S) == 0, drain.tail()
+    finally:
+        drain.kill()
+    for side in ROLES:
+        parts.clients.pop(side).close()
+        assert parts.end(side) < IDLE_END_S
+
+
+def settled(parts: Parts) -> bool:
+    """Lets both engines hear their sidecars. Returns true, so that it can stand in a condition."""
+    for client in parts.clients.values():
+        client.wait(0.02)
+    return True
 
 
 def leave(parts: Parts, component: str) -> None:

@@ -6,12 +6,25 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from harness.sidecar import ROOT
-from rendered import FOLDERS, KUBERNETES, Manifest, Pod, config_files, environment, manifests, pod, pods, secret_mounts
+from rendered import (
+    FOLDERS,
+    KUBERNETES,
+    POD_IP,
+    WITH_PROXY,
+    Manifest,
+    components,
+    environment,
+    manifests,
+    pod,
+    pods,
+    port,
+    secret_mounts,
+    settings,
+)
 
 # The oldest version in which all fields of the manifests exist, for each folder.
 VERSIONS = {"overlays/tcp": "1.34", "overlays/store": "1.34"}
@@ -77,7 +90,7 @@ def test_no_service_becomes_a_setting(folder: str) -> None:
 
 @everywhere
 def test_only_the_one_node_overlay_shares_the_host(folder: str) -> None:
-    for component in ("proxy", "prefill", "decode"):
+    for component in components(folder):
         spec = pod(folder, component).spec
         shares = {key for key in ("hostIPC", "hostPID", "hostNetwork") if spec.get(key)}
         expected = {"hostIPC", "hostPID"} if folder == "overlays/one-node" and component != "proxy" else set()
@@ -92,8 +105,7 @@ def test_engine_and_sidecar_meet(folder: str, component: str) -> None:
     sidecar, engine = found.container("sidecar"), found.container("engine")
     assert sidecar["restartPolicy"] == "Always"
     assert sidecar in found.spec["initContainers"]
-    config = _config(folder, component)
-    socket = Path(config["sidecar"]["socket"])
+    socket = Path(settings(folder, component)["sidecar.socket"])
     assert {"name": "PD_SIDECAR_SOCKET", "value": str(socket)} in engine["env"]
     volumes = {volume["name"]: volume for volume in found.spec["volumes"]}
     for container in (sidecar, engine):
@@ -101,9 +113,12 @@ def test_engine_and_sidecar_meet(folder: str, component: str) -> None:
         # The volume itself has mode 0777, which both ends refuse.
         assert "emptyDir" in volumes[mounts[str(socket.parent.parent)]]
         assert "configMap" in volumes[mounts["/etc/pd-sidecar"]]
-    (port,) = (port["containerPort"] for port in engine["ports"])
-    assert f"--port={port}" in engine["args"]
-    assert {"name": "PD_SIDECAR_ENGINE_URL", "value": f"http://$(POD_IP):{port}"} in sidecar["env"]
+    number = port(engine, "http")
+    if engine["command"] == ["vllm", "serve"]:
+        assert f"--port={number}" in engine["args"]
+    else:
+        assert {"name": "DYN_SYSTEM_PORT", "value": str(number)} in engine["env"]
+    assert settings(folder, component)["sidecar.engine_url"] == f"http://{POD_IP}:{number}"
 
 
 @everywhere
@@ -111,44 +126,52 @@ def test_engine_and_sidecar_meet(folder: str, component: str) -> None:
 def test_the_buffer_fits_into_the_memory_limit(folder: str, component: str) -> None:
     """Without room for the buffer the kernel would kill the sidecar at the first large transfer."""
     limit = pod(folder, component).container("sidecar")["resources"]["limits"]["memory"]
-    assert _bytes(limit) >= _config(folder, component)["pd_buffer_size"] + GIB // 2
+    buffer, *_ = settings(folder, component)["pd_buffer_size"].split()
+    assert _bytes(limit) >= int(buffer) + GIB // 2
 
 
 @everywhere
 def test_grace_periods_cover_the_drains(folder: str) -> None:
     """Otherwise the kubelet would kill a process that still serves requests."""
-    proxy = pod(folder, "proxy")
-    container = proxy.container("proxy")
-    drain = _seconds(container["args"], r"--drain-timeout=(\d+)s")
-    sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert proxy.spec["terminationGracePeriodSeconds"] >= sleep + drain + 5
+    drain = 0
+    if "proxy" in components(folder):
+        proxy = pod(folder, "proxy")
+        container = proxy.container("proxy")
+        drain = _seconds(container["args"], r"--drain-timeout=(\d+)s")
+        assert proxy.spec["terminationGracePeriodSeconds"] >= _hook_seconds(container) + drain + 5
     for component in ("prefill", "decode"):
         found = pod(folder, component)
-        engine = _seconds(found.container("engine")["args"], r"--shutdown-timeout=(\d+)")
+        engine = found.container("engine")
+        # A worker of Dynamo has no such flag.
+        shutdown = _seconds(engine["args"], r"--shutdown-timeout=(\d+)") if engine["command"][0] == "vllm" else 0
         # An engine ends only after the proxy's requests.
-        assert engine >= drain
-        assert "drain_timeout_ms" not in _config(folder, component)["sidecar"]
-        assert found.spec["terminationGracePeriodSeconds"] >= HOOK_BOUND_S + engine + SIDECAR_DRAIN_S + 10
+        assert shutdown >= drain
+        assert settings(folder, component)["sidecar.drain_timeout_ms"] == str(1000 * SIDECAR_DRAIN_S)
+        needed = _hook_seconds(engine) + shutdown + SIDECAR_DRAIN_S + 10
+        assert found.spec["terminationGracePeriodSeconds"] >= needed
 
 
 @everywhere
 def test_each_pod_has_only_its_own_key(folder: str) -> None:
     """All channels need keys, and no pod can act as another pod."""
-    for component in ("proxy", "prefill", "decode"):
+    for component in components(folder):
         found = pod(folder, component)
         for container in found.containers():
             seen = {name: {item["key"] for item in items} for name, items in secret_mounts(found, container).values()}
             keys = seen.get("pd-keys", set())
-            assert keys == (set() if container["name"] == "engine" else {f"pd-{component}.key", "roster.yaml"})
-            http = {"proxy": {"admin", "api"}, "engine": {"admin"}, "sidecar": set()}[container["name"]]
+            ours = container["name"] in ("proxy", "sidecar")
+            assert keys == ({f"pd-{component}.key", "roster.yaml"} if ours else set())
+            http = {"proxy": {"admin", "api"}, "engine": {"admin"}}.get(container["name"], set())
+            http = http if folder in WITH_PROXY else set()
             assert seen.get("pd-proxy", set()) == http
             # The pod may read root's files, by its group, and the container writes none of them.
             assert found.spec["securityContext"]["fsGroup"] == 10001
     for component in ("prefill", "decode"):
-        ours = _config(folder, component)["sidecar"]
-        assert ours["auth"] == "require" and "insecure" not in ours
-    arguments = pod(folder, "proxy").container("proxy")["args"]
-    assert "--auth=require" in arguments and "--insecure" not in arguments
+        values = settings(folder, component)
+        assert (values["sidecar.auth"], values["sidecar.insecure"]) == ("require", "false")
+    if "proxy" in components(folder):
+        arguments = pod(folder, "proxy").container("proxy")["args"]
+        assert "--auth=require" in arguments and "--insecure" not in arguments
 
 
 def test_the_nodes_gpus_are_not_shared_by_chance() -> None:
@@ -169,41 +192,17 @@ def test_the_nodes_gpus_are_not_shared_by_chance() -> None:
 
 
 @everywhere
-def test_sidecars_reach_a_proxy_that_is_not_ready(folder: str) -> None:
-    """A proxy is ready only after a registration. Through a usual service no registration could reach it."""
-    services = {m["metadata"]["name"]: m["spec"] for m in manifests(folder) if m["kind"] == "Service"}
-    proxy = pod(folder, "proxy")
-    for component in ("prefill", "decode"):
-        config = _config(folder, component)
-        service = services[config["pd_proxy_host"]]
-        assert service["publishNotReadyAddresses"] is True
-        assert [port["port"] for port in service["ports"]] == [config["pd_proxy_port"]]
-        assert service["selector"].items() <= proxy.labels.items()
-
-
-@everywhere
-def test_policies_admit_what_the_parts_need(folder: str) -> None:
-    proxy, prefill, decode = (pod(folder, component) for component in ("proxy", "prefill", "decode"))
-    needed = {(prefill.name, 7500): (proxy, prefill), (decode.name, 7500): (proxy, decode)}
-    for engine in (prefill, decode):
-        ports = [p["containerPort"] for name in ("sidecar", "engine") for p in engine.container(name)["ports"]]
-        peers = {p: (engine, prefill if p in (7300, 7400, 7450) else proxy) for p in ports}
-        needed |= {(engine.name, number): ends for number, ends in peers.items()}
-    for (_, number), (target, source) in needed.items():
-        assert _admits(folder, target, source.labels, number), f"{source.name} to {target.name}:{number}"
-        assert not _admits(folder, target, {"app": "stranger"}, number), f"stranger to {target.name}:{number}"
-    assert _admits(folder, proxy, {"app": "stranger"}, 8000)
-
-
-def test_only_engines_reach_the_store() -> None:
-    """The store's protocol has no keys, so the policy is what keeps strangers away."""
-    folder = "overlays/store"
-    store, *engines = (pod(folder, component) for component in ("store", "prefill", "decode"))
-    ports = {each["name"]: each["containerPort"] for each in store.container("store")["ports"]}
-    for engine in engines:
-        assert _admits(folder, store, engine.labels, ports["lm"])
-        assert not _admits(folder, store, engine.labels, ports["admin"])
-    assert not _admits(folder, store, {"app": "stranger"}, ports["lm"])
+def test_variables_are_defined_before_they_are_used(folder: str) -> None:
+    """Kubernetes replaces `$(NAME)` in a variable only if NAME stands above it. A patch may change the order."""
+    for each in pods(folder):
+        for container in each.containers():
+            variables = container.get("env", [])
+            names = [variable["name"] for variable in variables]
+            for number, variable in enumerate(variables):
+                used = re.findall(r"\$\((\w+)\)", variable.get("value", ""))
+                assert set(used) <= set(names[:number]), f"{each.name}/{container['name']}: {variable}"
+            words = " ".join([*container.get("command", []), *container.get("args", [])])
+            assert set(re.findall(r"\$\((\w+)\)", words)) <= set(names), f"{each.name}/{container['name']}"
 
 
 @everywhere
@@ -215,27 +214,31 @@ def test_a_disruption_takes_one_engine_at_a_time(folder: str) -> None:
         assert budget["maxUnavailable"] == 1
 
 
-def test_the_example_of_the_page(tmp_path: Path) -> None:
-    """docs/deploy.md shows a folder with a user's settings. The settings reach the objects."""
+def test_the_examples_of_the_page(tmp_path: Path) -> None:
+    """docs/deploy.md shows folders with a user's settings. The settings reach the objects."""
     page = (ROOT / "docs" / "deploy.md").read_text()
-    (example,) = re.findall(r"```yaml\n# my-pd/kustomization.yaml\n(.*?)```", page, re.DOTALL)
-    deploy = os.path.relpath(KUBERNETES.parent, tmp_path)
-    (tmp_path / "kustomization.yaml").write_text(example.replace("../deploy", deploy))
-    objects = {(m["kind"], m["metadata"]["name"]): m for m in manifests(str(tmp_path))}
-    assert objects["ConfigMap", "pd-model"]["data"] == {"MODEL": "Qwen/Qwen3-8B"}
-    assert objects["Deployment", "pd-prefill"]["spec"]["replicas"] == 2
-    for found in pods(str(tmp_path)):
-        for container in found.containers():
-            assert container["image"] == "REGISTRY/pd-sidecar-vllm:0.1.0"
+    examples = re.findall(r"```yaml\n# my-pd/kustomization.yaml\n(.*?)```", page, re.DOTALL)
+    models = [("overlays/tcp", "Qwen/Qwen3-8B"), ("overlays/llm-d", "openai/gpt-oss-120b")]
+    for (overlay, model), example in zip(models, examples, strict=True):
+        folder = tmp_path / overlay
+        folder.mkdir(parents=True)
+        assert f"resources: [../deploy/kubernetes/{overlay}]" in example
+        (folder / "kustomization.yaml").write_text(
+            example.replace("../deploy", os.path.relpath(KUBERNETES.parent, folder))
+        )
+        objects = {(m["kind"], m["metadata"]["name"]): m for m in manifests(str(folder))}
+        assert objects["ConfigMap", "pd-model"]["data"] == {"MODEL": model}
+        assert objects["Deployment", "pd-prefill"]["spec"]["replicas"] == (2 if overlay == "overlays/tcp" else 1)
+        for found in pods(str(folder)):
+            for container in found.containers():
+                ours = (
+                    "ROUTING_SIDECAR:TAG" if container["name"] == "routing-proxy" else "REGISTRY/pd-sidecar-vllm:0.1.0"
+                )
+                assert container["image"] == ours
 
 
 def _custom(manifest: Manifest) -> bool:
     return ".x-k8s.io/" in manifest["apiVersion"]
-
-
-def _config(folder: str, component: str) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(config_files(folder)[f"{component}-sidecar.yaml"])
-    return config
 
 
 def _bytes(text: str) -> int:
@@ -248,22 +251,11 @@ def _seconds(arguments: list[str], pattern: str) -> int:
     return int(found[1])
 
 
-def _admits(folder: str, target: Pod, source: dict[str, str], port: int) -> bool:
-    """Returns true if a policy admits connections of a pod of this namespace. Without a policy it is open."""
-    policies = [
-        m["spec"]
-        for m in manifests(folder)
-        if m["kind"] == "NetworkPolicy" and m["spec"]["podSelector"]["matchLabels"].items() <= target.labels.items()
-    ]
-    return not policies or any(
-        any(entry["port"] == port for entry in rule["ports"])
-        and (
-            "from" not in rule
-            or any(
-                peer.get("podSelector", {"matchLabels": {"": ""}})["matchLabels"].items() <= source.items()
-                for peer in rule["from"]
-            )
-        )
-        for policy in policies
-        for rule in policy["ingress"]
-    )
+def _hook_seconds(container: Manifest) -> int:
+    """Returns the longest time that a container's preStop hook takes."""
+    hook = container["lifecycle"]["preStop"]
+    if "sleep" in hook:
+        seconds: int = hook["sleep"]["seconds"]
+        return seconds
+    command = hook["exec"]["command"]
+    return _seconds(command, r"--timeout=(\d+)") if command[0] == "sidecar" else HOOK_BOUND_S
