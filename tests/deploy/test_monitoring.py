@@ -24,6 +24,7 @@ import yaml
 import zmq
 from harness.client import call
 from harness.kv_engine import LAYOUT, KvEngine
+from harness.ports import free_port
 from harness.prometheus import (
     ALERTS,
     DASHBOARD,
@@ -36,22 +37,24 @@ from harness.prometheus import (
 )
 from harness.proxy import Proxy
 from harness.sidecar import CHUNK_TOKENS, NO_PUSH, ROOT, Sidecar, SidecarOptions
+from harness.store import Store
 from msgspec.structs import replace
 from rendered import Manifest, manifests, pods
 
 from pd_sidecar.client import Client
 from pd_sidecar.sidecar.wire import Hello
+from pd_sidecar.store.client import Bounds, StoreClient
 
 SLOTS = 16
 CLIENTS = 2
 HERE = Path(__file__).parent
 # The metrics of our programs; the connector's metrics begin with `vllm:`.
-METRIC = re.compile(r"(?<!:)\bpd_(?:sidecar|proxy)_\w+")
+METRIC = re.compile(r"(?<!:)\bpd_(?:sidecar|proxy|store)_\w+")
 
 # These alerts need faults that no test makes cheaply. tests/deploy/alerts.test.yaml raises them from made series.
 ONLY_SIMULATED = {"PdSharedRegistryFails", "PdSlotsQuarantined", "PdVersionsDiffer"}
-# The proxy has these metrics only with --etcd.
-NEEDS_ETCD = {"pd_proxy_shared_registry_total"}
+# The proxy has this metric only with --etcd. The store has these only with --remote, or after it ended a connection.
+NOT_AT_FIRST = {"pd_proxy_shared_registry_total", "pd_store_remote_away", "pd_store_connections_closed_total"}
 
 
 class Engine(KvEngine):
@@ -66,7 +69,7 @@ class Engine(KvEngine):
 
 
 class Fleet:
-    """A proxy, a pair of sidecars with engines, clients, and a Prometheus."""
+    """A proxy, a pair of sidecars with engines, a store, clients, and a Prometheus."""
 
     def __init__(self, folder: Path, logs: Path, stack: ExitStack) -> None:
         self.proxy = Proxy(logs, ["--breaker-failures", "2", "--call-back-every", "500ms"])
@@ -89,8 +92,20 @@ class Fleet:
             engine.start()
             stack.callback(engine.stop)
         self.proxy.wait_ready()
+        small = ("--memory", "16MiB", "--max-value", "1MiB", "--in-flight", "4MiB")
+        self.store = Store(logs, *small, "--disk", folder / "store", "--disk-size", "1GiB")
+        self.store.start()
+        stack.callback(self.store.stop)
+        # This store starts later. Nothing is at the address of its remote store.
+        self.lost = Store(logs, *small, "--remote", f"redis://127.0.0.1:{free_port()}/0")
         self.prometheus = Prometheus(folder, logs)
-        self.prometheus.start({"front": [self.proxy.url], "sides": [side.admin for side in self.sides.values()]})
+        self.prometheus.start(
+            {
+                "front": [self.proxy.url],
+                "sides": [side.admin for side in self.sides.values()],
+                "stores": [self.store.admin, self.lost.admin],
+            }
+        )
         stack.callback(self.prometheus.stop)
         threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
         for thread in threads:
@@ -99,8 +114,9 @@ class Fleet:
         stack.callback(self._stop.set)
 
     def _ask(self, client: int) -> None:
-        """Sends one request after the other while `load` is set. No two prompts are equal."""
+        """Sends one request after the other while `load` is set, and puts and gets values. No two prompts are equal."""
         number = client
+        store = StoreClient(f"lm://127.0.0.1:{self.store.port}", Bounds(timeout_s=5.0))
         while not self._stop.is_set():
             if not self.load.wait(0.1):
                 continue
@@ -108,6 +124,9 @@ class Fleet:
             number += CLIENTS
             with suppress(OSError, HTTPException):
                 call(f"{self.proxy.url}/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": 4})
+            with suppress(OSError):
+                use(store, b"%d" % number)
+        store.close()
 
     def push(self, request_id: str, prompt: list[int]) -> None:
         """Sends a prefill leg past the proxy, so that no decode leg waits for its KV."""
@@ -178,7 +197,7 @@ def test_every_panel_shows_data_and_no_alert_fires(fleet: Fleet) -> None:
     assert float(sample["value"][1]) > 0
     # Each metric that the dashboard and the alerts name was scraped.
     named = set(METRIC.findall(DASHBOARD.read_text() + ALERTS.read_text()))
-    assert len(named) > 40 and named - fleet.prometheus.names() == NEEDS_ETCD
+    assert len(named) > 40 and named - fleet.prometheus.names() == NOT_AT_FIRST
 
 
 @needs_prometheus
@@ -224,6 +243,10 @@ def test_alerts_fire_in_their_faults(fleet: Fleet) -> None:
     )  # fmt: skip
     prefill.stop()
     fires(lambda: None, "PdSidecarNotReady", "PdNoPrefillInstance")
+    with ExitStack() as stack:
+        lose_the_remote_store(stack, fleet, fires)
+    fleet.store.kill()
+    fires(lambda: None, "PdStoreDown")
     fleet.load.clear()
     fleet.proxy.kill()
     fires(lambda: None, "PdProxyDown")
@@ -248,6 +271,28 @@ def garbage(stack: ExitStack, fleet: Fleet) -> None:
     stack.callback(stream.close)
     with suppress(OSError):
         stream.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 4)
+
+
+def use(store: StoreClient, key: bytes) -> list[bool]:
+    """Puts a value and gets it again."""
+    store.put([(key, memoryview(b"kv" * 500))])
+    return store.get([(key, memoryview(bytearray(1000)))])
+
+
+def lose_the_remote_store(stack: ExitStack, fleet: Fleet, fires: Callable[..., None]) -> None:
+    """Starts a store without its remote store, and sends bytes that are no request to it."""
+    fleet.lost.start()
+    stack.callback(fleet.lost.stop)
+    client = StoreClient(f"lm://127.0.0.1:{fleet.lost.port}", Bounds(timeout_s=5.0))
+    stack.callback(client.close)
+
+    def fault() -> None:
+        client.get([(b"missing-%d" % next(fleet.numbers), memoryview(bytearray(1000)))])
+        stranger = socket.create_connection(("127.0.0.1", fleet.lost.port), timeout=5)
+        stack.callback(stranger.close)
+        stranger.sendall(b"\xff" * 400)
+
+    fires(fault, "PdStoreRemoteAway", "PdStoreClosesConnections")
 
 
 def wrong_engine(path: Path) -> Client:
@@ -278,10 +323,10 @@ def test_the_component_scrapes_every_pod_and_brings_the_dashboard(tmp_path: Path
     check_custom(monitor)
     (names,) = monitor["spec"]["selector"]["matchExpressions"]
     ports = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
-    for each in pods("base"):
+    for each in pods("overlays/store"):
         assert each.labels[names["key"]] in names["values"]
         scraped = {port["name"] for container in each.containers() for port in container.get("ports", [])} & ports
-        assert scraped == ({"http"} if each.name == "pd-proxy" else {"http", "admin"})
+        assert scraped == {"pd-proxy": {"http"}, "pd-store": {"admin"}}.get(each.name, {"http", "admin"})
     (board,) = (each["data"] for each in manifests(str(tmp_path)) if each["metadata"]["name"] == "pd-sidecar-dashboard")
     assert json.loads(board["pd-sidecar.json"]) == json.loads(DASHBOARD.read_text())
 

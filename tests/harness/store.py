@@ -19,7 +19,7 @@ class Store(Part):
 
     def __init__(self, logs: Path, *flags: str | Path) -> None:
         self.port = free_port()
-        self._admin = f"127.0.0.1:{free_port()}"
+        self.admin = f"127.0.0.1:{free_port()}"
         self._flags = flags
         self._logs = logs
 
@@ -27,7 +27,7 @@ class Store(Part):
         """Starts the store and returns when it answers."""
         listen = f"127.0.0.1:{self.port}"
         command: list[str | Path] = [
-            BINARIES / "pd-store", "--listen", listen, "--admin", self._admin, *self._flags,
+            BINARIES / "pd-store", "--listen", listen, "--admin", self.admin, *self._flags,
         ]  # fmt: skip
         self.process = Process("store", command, self._logs / "store.log")
         deadline = time.monotonic() + READY_BOUND_S
@@ -43,7 +43,7 @@ class Store(Part):
 
     def metrics(self) -> Metrics:
         """Returns the values of all metrics."""
-        return Metrics.scrape(f"http://{self._admin}/metrics")
+        return Metrics.scrape(f"http://{self.admin}/metrics")
 
 
 def below(kv_transfer: dict[str, Any], store: Store, timeout_s: float = 1.0) -> dict[str, Any]:
