@@ -75,7 +75,24 @@ def _rendered(folder: str) -> list[Manifest]:
     )
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    documents = [document for document in yaml.safe_load_all(done.stdout) if document]
+    _inject(documents)
+    return documents
+
+
+def _inject(documents: list[Manifest]) -> None:
+    """Adds to the roles of a RoleBasedGroup what its controller adds from the profiles that the roles name: each init
+    container and each volume whose name the pod does not have yet.
+    """
+    profiles = {m["metadata"]["name"]: m["spec"] for m in documents if m["kind"] == "ClusterEngineRuntimeProfile"}
+    for group in (document for document in documents if document["kind"] == "RoleBasedGroup"):
+        for role in group["spec"]["roles"]:
+            spec = role["standalonePattern"]["template"]["spec"]
+            for runtime in role.get("engineRuntimes", []):
+                for part in ("initContainers", "volumes"):
+                    there = spec.setdefault(part, [])
+                    names = {each["name"] for each in there}
+                    there += [each for each in profiles[runtime["profileName"]][part] if each["name"] not in names]
 
 
 def pods(folder: str) -> list[Pod]:

@@ -66,6 +66,23 @@ def test_custom_schemas(folder: str) -> None:
         jsonschema.validate(manifest, yaml.safe_load((SCHEMAS / name).read_text()))
 
 
+def test_profiles_inject_what_the_roles_had() -> None:
+    """With the profiles each pod is the pod of the overlay without profiles."""
+    injected, plain = (pods(f"overlays/{name}") for name in ("engineruntime", "rolebasedgroup"))
+    for ours, theirs in zip(injected, plain, strict=True):
+        assert {volume["name"]: volume for volume in ours.spec["volumes"]} == {
+            volume["name"]: volume for volume in theirs.spec["volumes"]
+        }
+        assert ours.containers() == theirs.containers()
+    runtimes = [
+        role.get("engineRuntimes")
+        for manifest in manifests("overlays/engineruntime")
+        if manifest["kind"] == "RoleBasedGroup"
+        for role in manifest["spec"]["roles"]
+    ]
+    assert runtimes == [None, [{"profileName": "pd-sidecar-prefill"}], [{"profileName": "pd-sidecar-decode"}]]
+
+
 @everywhere
 def test_containers_have_no_rights(folder: str) -> None:
     for each in pods(folder):
