@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,22 @@ def selftest(transport: str, seconds: int, env: dict[str, str]) -> None:
 def test_selftest(transport: str) -> None:
     """Runs the check that a user runs first."""
     selftest(transport, 2, {})
+
+
+def test_a_report_in_json_is_nothing_but_json() -> None:
+    """Guards a fault: UCX writes its warnings to the standard output by default."""
+    done = subprocess.run(
+        [BINARIES / "sidecar", "selftest", "--seconds", "1", "--transport", "nixl", "--json"],
+        env={"VIRTUAL_ENV": sys.prefix, "PATH": "/usr/bin:/bin", "UCX_PD_UNUSED": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "UCX_PD_UNUSED" in done.stderr, "UCX warns of nothing: the test shows nothing"
+    (report,) = json.loads(done.stdout)
+    assert report["wrong"] == 0 and report["bytes"] > 0, report
 
 
 def test_a_second_copy_of_a_library_does_not_spoil_the_end(tmp_path: Path) -> None:

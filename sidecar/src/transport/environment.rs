@@ -10,7 +10,7 @@ use nix::ifaddrs::getifaddrs;
 use super::nixl;
 use super::rdma::replacement::LIBRARY_PATH;
 use super::rdma::{self, Settings, View, devices::Device};
-use super::ucx::{DEVICES, OWN_DEVICES, TLS, Ucx, address};
+use super::ucx::{DEVICES, LOG_FILE, OWN_DEVICES, TLS, Ucx, address};
 use crate::exit::Exit;
 use crate::net::private_folder;
 
@@ -47,6 +47,9 @@ pub(crate) fn prepare(ucx: &Ucx) -> Option<Exit> {
     }
     if let Some((_, devices)) = wanted.iter().find(|(name, _)| *name == DEVICES) {
         wanted.push((OWN_DEVICES, devices.clone()));
+    }
+    if ucx.is_loaded {
+        wanted.push((LOG_FILE, "stderr".to_owned()));
     }
     let mut missing: Vec<_> = wanted
         .into_iter()

@@ -76,6 +76,8 @@ pub(crate) const TLS: &str = "UCX_TLS";
 pub(crate) const DEVICES: &str = "UCX_NET_DEVICES";
 /// The variable with the value of `UCX_NET_DEVICES` that this process chose before it restarted itself.
 pub(crate) const OWN_DEVICES: &str = "PD_UCX_NET_DEVICES";
+/// The file for UCX's log. UCX's default is the standard output, where its warnings would spoil a report in JSON.
+pub(crate) const LOG_FILE: &str = "UCX_LOG_FILE";
 /// Host of UCX's ports if the configuration names none.
 pub(crate) const LOOPBACK: &str = "127.0.0.1";
 /// The variable that allows shared memory for connections that must report the end of a peer.
