@@ -4,6 +4,8 @@
 # The changes to /etc, /usr and /tmp lie in the machine's memory and end with it.
 set -eu
 repository=$1 folder=$2 environment=$3 lmcache=$4
+# The kernel has no console that QEMU shows: virtme's ports for output need a module that is not loaded this early.
+exec >>"$folder/output" 2>&1
 trap 'echo "$?" >"$folder/result"' EXIT
 
 export PATH=$folder/bin:$environment/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -14,7 +16,7 @@ mount -t tmpfs tmpfs /tmp
 mkdir -p /run/host /run/usr/upper /run/usr/work
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 cached /run/host
 mount -t overlay -o lowerdir=/run/host/usr,upperdir=/run/usr/upper,workdir=/run/usr/work usr /usr
-for path in "$repository/python" "$repository/tests" "$environment" "$lmcache"; do
+for path in "$repository/python" "$repository/tests" "$repository/target/debug" "$environment" "$lmcache"; do
   [ ! -d "$path" ] || mount --bind "/run/host/$(realpath "$path")" "$(realpath "$path")"
 done
 

@@ -22,6 +22,10 @@ from rdma.devices import LINK_MS, NO_SENDER_MS
 
 BOUND_S = 20.0 * SLOWNESS
 
+# A lease lasts three times as long. An emulated core can keep a sidecar from its work for some seconds.
+HEARTBEAT_MS = 5000
+PATIENT: dict[str, object] = {"wait_ms": 30_000, "stall_ms": 60_000, "max_wait_ms": 30_000}
+
 # A PID namespace and an IPC namespace of its own are another host to a sidecar and to UCX's shared memory: the receiver
 # can neither watch the sender's process nor share memory with it.
 OTHER_HOST = ["unshare", "--pid", "--ipc", "--fork", "--kill-child=SIGKILL"]
@@ -38,7 +42,7 @@ class Sender:
     def __init__(self, receiver: Receiver, name: str, folder: Path, within: list[str] | None = None) -> None:
         options = SidecarOptions(
             "sender", 16 * LAYOUT.chunk_bytes, transport="nixl", env=device("rxe1"), within=within or [],
-            keys={"id": name, "heartbeat_ms": 1000, "link_ms": LINK_MS},
+            keys={"id": name, "heartbeat_ms": HEARTBEAT_MS, "link_ms": LINK_MS, **PATIENT},
         )  # fmt: skip
         self.receiver = receiver
         self.sidecar = Sidecar(options, folder, LOGS, name=name)
@@ -118,7 +122,7 @@ class Receiver:
     def __init__(self, folder: Path, slots: int, **keys: object) -> None:
         options = SidecarOptions(
             "receiver", slots * LAYOUT.chunk_bytes, transport="nixl", env=device("rxe0"),
-            keys={"no_sender_ms": NO_SENDER_MS, "park_ms": 3000, **keys},
+            keys={"no_sender_ms": NO_SENDER_MS, "park_ms": 3000, **PATIENT, **keys},
         )  # fmt: skip
         self.slots = slots
         self.sidecar = Sidecar(options, folder, LOGS)

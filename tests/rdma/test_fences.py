@@ -91,7 +91,7 @@ def check_nothing_lands_after(watcher: Watcher, freed: float) -> None:
 
 def test_kill_in_the_middle_of_a_write(receiver: Receiver, other: Sender, sender: Sender) -> None:
     """The receiver sees the end of the process, and frees the slots one second later."""
-    sender.push("before", Prompt.of_chunks(2))
+    sender.push(f"before-{sender.sidecar.name}", Prompt.of_chunks(2))
     other.push(f"other-{next(_numbers)}", Prompt.of_chunks(2))
     with watched(receiver) as watcher:
         with slow_cable(*SLOW, end="cable1"):
@@ -108,7 +108,7 @@ def test_kill_in_the_middle_of_a_write(receiver: Receiver, other: Sender, sender
 
 def test_stop_in_the_middle_of_a_write_and_late_writes(receiver: Receiver, other: Sender, sender: Sender) -> None:
     """A stopped sender says nothing: its lease ends, and its slots wait until it says that its writes have ended."""
-    sender.push("before", Prompt.of_chunks(2))
+    sender.push(f"before-{sender.sidecar.name}", Prompt.of_chunks(2))
     assert sender.sidecar.process is not None
     with watched(receiver) as watcher:
         with slow_cable(*SLOW, end="cable1"):
@@ -134,12 +134,12 @@ def test_stop_in_the_middle_of_a_write_and_late_writes(receiver: Receiver, other
         report(watcher, "SIGCONT", continued, freed)
         assert not watcher.slots_since(continued) & used, "a late write reached a slot of another request"
         check_nothing_lands_after(watcher, freed)
-    sender.push("again", Prompt.of_chunks(2))
+    sender.push(f"again-{sender.sidecar.name}", Prompt.of_chunks(2))
 
 
 @pytest.mark.parametrize("sender", [OTHER_HOST], indirect=True)
 def test_a_sender_on_another_host_that_never_comes_back(receiver: Receiver, other: Sender, sender: Sender) -> None:
-    sender.push("before", Prompt.of_chunks(2))
+    sender.push(f"before-{sender.sidecar.name}", Prompt.of_chunks(2))
     with watched(receiver) as watcher:
         with slow_cable(*SLOW, end="cable1"):
             begin(sender, watcher, "gone")
@@ -157,7 +157,7 @@ def test_a_sender_on_another_host_that_never_comes_back(receiver: Receiver, othe
         # Its next process proves that it has ended.
         sender.start()
         proved = time.monotonic()
-        sender.push("back", Prompt.of_chunks(2))
+        sender.push(f"back-{sender.sidecar.name}", Prompt.of_chunks(2))
         freed = receiver.wait_empty()
         print(f"\nits next process had started {freed - proved:.1f} s before the slots were free")
         assert freed - proved > FENCE_S / 2
@@ -167,7 +167,7 @@ def test_a_sender_on_another_host_that_never_comes_back(receiver: Receiver, othe
 @pytest.mark.parametrize("sender", [OTHER_HOST], indirect=True)
 def test_no_byte_of_a_dead_sender_is_sent_again(receiver: Receiver, sender: Sender) -> None:
     """Over TCP the kernel repeats the data of a dead process. A device drops the connection of a dead process."""
-    sender.push("before", Prompt.of_chunks(2))
+    sender.push(f"before-{sender.sidecar.name}", Prompt.of_chunks(2))
     with watched(receiver) as watcher:
         with slow_cable(*SLOW, end="cable1"):
             begin(sender, watcher, "cut")
@@ -182,5 +182,5 @@ def test_no_byte_of_a_dead_sender_is_sent_again(receiver: Receiver, sender: Send
         print(f"\ncable cut, kill -9, cable back: {len(watcher.since(up))} changes in the 10 s after it")
         assert watcher.since(up) == [] and up - killed < 30
         sender.start()
-        sender.push("back", Prompt.of_chunks(2))
+        sender.push(f"back-{sender.sidecar.name}", Prompt.of_chunks(2))
         receiver.wait_empty()
