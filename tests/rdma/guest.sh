@@ -54,6 +54,6 @@ rdma link
 cd "$repository"
 export PD_TEST_RDMA=1 PD_TEST_LMCACHE_VENV=$lmcache PYTHONDONTWRITEBYTECODE=1
 # Otherwise pytest reads the metadata of every package of the environment, which takes minutes here.
-export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PD_TEST_SLOWNESS=10
+export PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PD_TEST_SLOWNESS=10
 eval "set -- $(cat "$folder/arguments")"
 "$environment/bin/python" -m pytest tests/rdma -p pytest_timeout -p no:cacheprovider -s -v "$@"
