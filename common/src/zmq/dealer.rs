@@ -105,8 +105,8 @@ impl DealerClient {
                 },
                 News::Message(payload) => FromServer::Message(payload),
                 News::Lost => FromServer::Lost,
-                News::Failed(_) if once => FromServer::Lost,
-                News::Failed(_) => continue,
+                News::Failed(_) | News::Slow if once => FromServer::Lost,
+                News::Failed(_) | News::Slow => continue,
             });
         }
     }

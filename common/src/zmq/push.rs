@@ -164,7 +164,7 @@ impl Push {
                     false => Listener::Lmcache,
                 };
             }
-            News::Lost | News::Failed(_) => *listener = Listener::Nobody,
+            News::Lost | News::Failed(_) | News::Slow => *listener = Listener::Nobody,
             // A peer without a key, which `prefer` permits, may be anybody.
             News::Message(_) if !self.is_keyed => {}
             News::Message(message) => {

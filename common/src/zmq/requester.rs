@@ -60,7 +60,9 @@ impl Requester {
         }
         let socket = Socket::new(
             SocketType::Req,
-            options(MAX_INIT_BYTES).linger(Duration::ZERO),
+            options(MAX_INIT_BYTES)
+                .linger(Duration::ZERO)
+                .handshake_timeout(SLOWEST_HANDSHAKE),
         );
         let monitor = socket.monitor();
         let peer = format!("{host}:{port}");
@@ -124,6 +126,10 @@ impl Requester {
     }
 }
 
+/// Limit of the handshake, longer than the deadline of any caller. The peer may get no core for some seconds; with a
+/// shorter limit, this would cost a request whose deadline has not come.
+const SLOWEST_HANDSHAKE: Duration = Duration::from_secs(3600);
+
 /// Sends a request over a connection whose peer proves a key, and waits for the reply.
 async fn ask(
     dealer: &mut Dealer,
@@ -145,7 +151,7 @@ async fn ask(
                     cause,
                 });
             }
-            News::Failed(_) | News::Connected { .. } => {}
+            News::Failed(_) | News::Slow | News::Connected { .. } => {}
         }
     }
 }

@@ -7,6 +7,7 @@ use common::zmq::{
     RequestError, Requester, RouterServer, SendError,
 };
 use protocol::registration::PROXY_NAME;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::members::{Members, only};
 use crate::ports::free_port;
@@ -92,6 +93,35 @@ fn known_peers_exchange_messages_and_know_each_other() {
             FromPeer::Lost(other)
         );
         assert_eq!(server.send(other, &b"late"[..]), Err(SendError::Gone));
+    });
+}
+
+/// The first connection gets no handshake, as from a server that has no core for some seconds. The second one gets it.
+#[test]
+fn a_request_outlives_a_handshake_that_took_too_long() {
+    run(async {
+        let members = members();
+        let mut server = bind(&members.keyed("decode", Auth::Require, SENDERS)).await;
+        let front = TcpListener::bind(local()).await.unwrap();
+        let (port, behind) = (front.local_addr().unwrap().port(), server.port());
+        tokio::spawn(async move {
+            let _silent = front.accept().await.unwrap();
+            let (mut client, _) = front.accept().await.unwrap();
+            let mut server = TcpStream::connect(("127.0.0.1", behind)).await.unwrap();
+            tokio::io::copy_bidirectional(&mut client, &mut server).await
+        });
+        let to_decode = members.keyed("prefill", Auth::Require, RECEIVERS);
+        let mut requester = Requester::connect("127.0.0.1", port, &to_decode)
+            .await
+            .unwrap();
+        let asked = async {
+            tokio::join!(requester.request(&b"ask"[..]), async {
+                let (route, _) = message(&mut server).await;
+                server.send(route, &b"answer"[..]).unwrap();
+            })
+            .0
+        };
+        assert_eq!(&within("slow", asked).await.unwrap()[..], b"answer");
     });
 }
 

@@ -44,6 +44,8 @@ pub(crate) enum News {
     Lost,
     /// A connection could not be made. The text is the reason.
     Failed(String),
+    /// The peer made no handshake in time. It may get no core at the moment, so the next attempt can succeed.
+    Slow,
 }
 
 impl Dealer {
@@ -109,6 +111,9 @@ impl Dealer {
     }
 }
 
+/// The reason of a handshake that was not made in time, as in the metric of refused handshakes.
+const SLOW: &str = "timeout";
+
 struct Task {
     host: String,
     port: u16,
@@ -129,7 +134,7 @@ impl Task {
                 let dialed = tokio::time::timeout(HANDSHAKE_TIMEOUT, dialed).await;
                 dialed.unwrap_or_else(|_| {
                     Err(Refused {
-                        reason: "timeout",
+                        reason: SLOW,
                         text: format!("no handshake within {HANDSHAKE_TIMEOUT:?}"),
                     })
                 })
@@ -160,7 +165,10 @@ impl Task {
                             refused.text
                         );
                     }
-                    News::Failed(refused.text)
+                    match refused.reason {
+                        SLOW => News::Slow,
+                        _ => News::Failed(refused.text),
+                    }
                 }
             };
             // Messages that wait for a connection are lost when the caller has dropped the socket.
