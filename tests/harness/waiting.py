@@ -17,9 +17,11 @@ def until(
     *,
     process: Process | None = None,
     bound_s: float = BOUND_S,
+    every_s: float = 0.05,
 ) -> None:
     """Returns when `is_true()` is true. Fails after `bound_s`, or when `process` has ended.
 
+    Calls `is_true` every `every_s` seconds.
     `what` is the text of the failure, such as "no request was refused", or returns this text when it fails.
     """
     deadline = time.monotonic() + bound_s
@@ -29,4 +31,4 @@ def until(
         if time.monotonic() > deadline:
             text = f"{what if isinstance(what, str) else what()} after {bound_s:g} s"
             raise AssertionError(text) if process is None else process.failure(text)
-        time.sleep(0.05)
+        time.sleep(every_s)

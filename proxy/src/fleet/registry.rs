@@ -210,6 +210,21 @@ impl Registry {
         true
     }
 
+    /// Does not count the last `asleep` in any lease: the proxy did not run in this time, so it could not hear anyone.
+    /// Heartbeats that came meanwhile are read afterwards.
+    pub(crate) fn slept(&mut self, asleep: Duration) {
+        let leases = self
+            .entries
+            .values_mut()
+            .flat_map(|entry| [&mut entry.member, &mut entry.candidate])
+            .flatten();
+        for lease in leases {
+            for time in [&mut lease.expires, &mut lease.answered] {
+                *time = time.map(|at| at + asleep);
+            }
+        }
+    }
+
     /// Removes registrations with an expired lease and returns their instances. Marks members as not
     /// ready if their last answer is too old.
     pub(crate) fn expire(&mut self, now: Instant) -> Vec<Instance> {

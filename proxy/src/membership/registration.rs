@@ -12,7 +12,7 @@ use protocol::registration::InstanceRole;
 use tokio::select;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{interval, sleep_until};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -107,6 +107,8 @@ impl Registration {
     /// A registration port has failed.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> Result<(), PortError> {
         let mut sweep = interval(SWEEP);
+        let mut pulse = interval(PULSE);
+        pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut changes = self.inputs.identity.as_ref().map(Identity::changes);
         self.settle();
         loop {
@@ -114,6 +116,11 @@ impl Registration {
             let news = select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
+                // Before the deadlines: those that passed while the host stood still must not count.
+                at = pulse.tick() => {
+                    self.note_sleep(at.elapsed());
+                    News::None
+                }
                 Some(done) = self.calls.join_next() => {
                     match done.map_err(JoinError::try_into_panic) {
                         Ok(called) => self.called_back(called),
@@ -272,6 +279,18 @@ impl Registration {
         self.published.send_replace(instances);
     }
 
+    /// Extends all leases if the last pulse came `late`. A host that stands still for some seconds (a virtual machine
+    /// that is moved, for example) would else lose all its instances at once.
+    fn note_sleep(&mut self, late: Duration) {
+        if late > PULSE {
+            warn!(
+                ?late,
+                "the proxy did not run: leases are extended by this time"
+            );
+            self.registry.slept(late);
+        }
+    }
+
     /// Closes and counts the connections to the registration port that exceed the port's limit.
     async fn shed(&self) {
         for _ in 0..self.inputs.port.shed().await {
@@ -320,6 +339,9 @@ async fn until(deadline: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+/// Interval at which the task looks whether it runs in time.
+const PULSE: Duration = Duration::from_millis(250);
 
 /// Interval at which the task closes connections that exceed the limit of the registration port.
 const SWEEP: Duration = Duration::from_secs(5);

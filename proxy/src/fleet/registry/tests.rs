@@ -184,6 +184,22 @@ fn three_missed_periods_mean_gone() {
 }
 
 #[test]
+fn time_in_which_the_proxy_did_not_run_is_no_missed_period() {
+    let mut w = World::new();
+    w.member("d", 1);
+    w.after(1000).register("d", 1).unwrap();
+    // Longer than the lease, and than an answer counts.
+    w.after(60_000).registry.slept(Duration::from_secs(60));
+    assert!(w.registry.expire(w.now).is_empty());
+    assert_eq!(w.shown(), ["d@1 ready"]);
+    // Who stays silent then is gone after the rest of its lease.
+    w.after(2999);
+    assert!(w.registry.expire(w.now).is_empty());
+    w.after(1);
+    assert_eq!(w.registry.expire(w.now).len(), 1);
+}
+
+#[test]
 fn a_ready_that_is_not_repeated_ends() {
     let mut w = World::new();
     w.member("d", 1);
