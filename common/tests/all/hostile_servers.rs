@@ -1,7 +1,7 @@
 //! Tests of clients whose server breaks the protocol. The address of a server comes from the network, so any kind of
 //! program may listen there.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::zmq::{
     DealerClient, FromServer, HANDSHAKE_TIMEOUT, MAX_ALLOC_BYTES, MAX_INIT_BYTES, Protection,
