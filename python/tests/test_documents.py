@@ -45,7 +45,7 @@ SETTINGS = {"pd_proxy_host", "pd_proxy_port"}
 OF_PROMETHEUS = {"job", "instance", "exported_instance", "le"}
 """Labels that Prometheus or vLLM adds."""
 
-METRIC = re.compile(r"(?:vllm:)?\bpd_(?:sidecar|proxy)_[a-z_]*[a-z]")
+METRIC = re.compile(r"(?:vllm:)?\bpd_(?:sidecar|proxy|store)_[a-z_]*[a-z]")
 NAME = re.compile(r"`([^`\n]+)`")
 
 
@@ -72,6 +72,10 @@ def reference() -> dict[str, Metric]:
         if line.startswith("| `pd_proxy_"):
             name, labels, text = cells(line)
             found[name.strip("`")] = Metric(set(NAME.findall(labels)), "(histogram)" in text)
+    for line in (DOCS / "store.md").read_text().splitlines():
+        if line.startswith("| `pd_store_"):
+            for name, labels in re.findall(r"`(pd_store_\w+)(?:\{([\w,]+)\})?`", cells(line)[0]):
+                found[name] = Metric(set(labels.split(",")) - {""})
     of_vllm = {"model_name", "engine"}
     for name in COUNTERS:
         found[f"vllm:pd_sidecar_{name}_total"] = Metric(set(of_vllm))
@@ -87,7 +91,7 @@ def reference() -> dict[str, Metric]:
 def known_values() -> set[str]:
     """Returns the values of labels: every code span of a reference page."""
     pages = [DOCS / "reference" / name for name in ("metrics.md", "reasons.md")]
-    pages += (DOCS / "proxy").glob("*.md")
+    pages += [DOCS / "store.md", *(DOCS / "proxy").glob("*.md")]
     words = {word for page in pages for word in NAME.findall(page.read_text())}
     # Add the kinds of messages and the roles, because docs/proxy does not list each of them.
     return words | {"register_refused", "malformed", "shed", "prefill", "decode", "both"}
